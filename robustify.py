@@ -53,10 +53,8 @@ HEADS = ("clean", "combined", "unclean")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
-
 class Refusal(Exception):
     """Something the user can mend; `main` prints it as one line and exits with code 2."""
-
 
 @dataclass
 class Config:
@@ -88,8 +86,6 @@ class Config:
     optimizer: str = "adamw"  # ours: adamw, or sgd with momentum 0.9
     lr: float = 1e-4  # ours: peak learning rate, after warm-up, before cosine decay
     weight_decay: float = 1e-4  # ours
-    warmup: float = 0.05  # ours: share of all steps for linear warm-up
-    clip: float = 1.0  # ours: limit of the gradient's norm, since T^2 scales gradients
     epochs: int = 10  # ours
     batch_size: int = 256  # ours: images a step, over all processes
     limit: int = 0  # use so many training images, drawn by the seed; 0: all
@@ -97,15 +93,11 @@ class Config:
     workers: int = min(8, os.cpu_count() or 1)  # data loading processes, for each process
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
 
-
 # --- The student: M = M_h . M_s . M_b with three heads (Sec. 4.1, Fig. 4) -------------------------
 
-
 class BranchDropout(nn.Module):
-    """Dropout on what a block adds to its input; a block that changes the shape gets none.
-
-    On the whole residual stream even p = 0.1 is noise of a third of the signal (Sec. 4.3.2).
-    """
+    """Dropout on what a block adds to its input; a block that changes the shape gets none. (On the
+    whole residual stream even p = 0.1 is noise of a third of the signal.)"""
 
     def __init__(self, block, p):
         super().__init__()
@@ -115,29 +107,21 @@ class BranchDropout(nn.Module):
         y = self.block(x)
         return x + self.dropout(y - x) if self.dropout.training and y.shape == x.shape else y
 
-
 class CosineClassifier(nn.Module):
-    """scale * normalize(f) . normalize(W), (..., D) -> (..., C): Sec. 4.4's dot product.
-
-    W (C, D) starts as text embeddings; a parameter where `trained` (VE), else a buffer (ZS).
-    """
+    """scale * normalize(f) . normalize(W), (..., D) -> (..., C): Sec. 4.4's dot product. W (C, D)
+    starts as text embeddings; it is a parameter where `trained` (VE), else a buffer (ZS)."""
 
     def __init__(self, weight, scale, trained):
         super().__init__()
-        if trained:
-            self.weight = nn.Parameter(weight.clone())
-        else:
-            self.register_buffer("weight", weight.clone())
-        self.register_buffer("scale", torch.as_tensor(float(scale)))
+        self.weight = (nn.Parameter if trained else nn.Buffer)(weight.clone())
+        self.scale = nn.Buffer(torch.as_tensor(scale))
 
     def forward(self, features):
         return self.scale * F.normalize(features, dim=-1) @ F.normalize(self.weight, dim=-1).T
 
-
 def layers(module):
     """The children of an nn.Sequential, or the module itself, as a list."""
     return list(module) if isinstance(module, nn.Sequential) else [module]
-
 
 class Head(nn.Module):
     """M_h: last blocks, pooling, norm, projection; then dropout and the classifier. h -> (B, C)."""
@@ -151,7 +135,6 @@ class Head(nn.Module):
     def forward(self, h):
         return self.classifier(self.dropout(self.body(h)))
 
-
 class Prediction(NamedTuple):
     """What `predict` returns; head and uncertainty are None where there are no heads."""
     probabilities: torch.Tensor  # (B, C), phi of the chosen head
@@ -159,14 +142,12 @@ class Prediction(NamedTuple):
     uncertainty: torch.Tensor    # (B,), U_mc of the chosen head, a standard deviation
     everyone: dict               # {name: (B, C)}: each head's phi, "selected", maybe "original"
 
-
 class RobustStudent(nn.Module):
-    """The student of Fig. 4.
+    """The student of Fig. 4: backbone frozen in place, shared section and heads tuned copies.
 
     backbone: pixels -> activations z. shared: z -> h, a Sequential of blocks. head: h -> logits
-    (B, C), a Sequential that ends in the classifier (with `.weight` (C, D)), and before it in one
-    vector (B, D); a bare classifier makes linear heads. The backbone is frozen in place, shared and
-    head are copied: three heads or the recipe's, and `original`, the teacher of clean examples.
+    (B, C), a Sequential that ends in one vector (B, D) and then the classifier, with `.weight`
+    (C, D); a bare classifier makes linear heads. `original` keeps M, the teacher of clean examples.
     """
 
     def __init__(self, backbone, shared, head, config=None):
@@ -182,9 +163,9 @@ class RobustStudent(nn.Module):
         self.heads.requires_grad_(True)
         # Drawn once and shared by all images, so that a prediction depends on its image alone.
         generator = torch.Generator().manual_seed(self.config.seed)
-        features, keep = layers(head)[-1].weight.shape[1], 1 - self.config.dropout
+        (self.classes, features), keep = layers(head)[-1].weight.shape, 1 - self.config.dropout
         draws = torch.rand(self.config.passes, features, generator=generator)
-        self.register_buffer("masks", (draws < keep) / keep)                # (K, D)
+        self.masks = nn.Buffer((draws < keep) / keep)                       # (K, D)
         self.eval()
 
     def train(self, mode=True):
@@ -234,21 +215,17 @@ class RobustStudent(nn.Module):
         """pixels (B, 3, H, W) in [0, 1] -> class probabilities (B, C)."""
         return self.predict(pixels).probabilities
 
-
 # --- The loss (Sec. 4.3.1, Eqs. 3-5) --------------------------------------------------------------
-
 
 def examples_of(is_clean):
     """Which rows each head learns from: is_clean (B,) bool, beta of Eq. 5 -> {head: (B,) bool}."""
     return {"clean": is_clean, "combined": torch.ones_like(is_clean), "unclean": ~is_clean}
-
 
 def distillation(logits, teacher_logits, temperature):
     """L_d [15], (B, C) each: T^2 * KL(teacher_T || student_T), summed over rows, in float32."""
     student = F.log_softmax(logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True)
-
 
 def generalized_distillation(logits, teacher_logits, labels, is_clean, temperature, weight):
     """Eqs. 3-5: the mean over the batch of beta * L_clean + (1 - beta) * L_aug.
@@ -264,29 +241,22 @@ def generalized_distillation(logits, teacher_logits, labels, is_clean, temperatu
             total = total + weight * distillation(own_logits, teacher_logits[rows], temperature)
     return total / len(labels)
 
-
 # --- Head selection (Sec. 4.3.2, Eq. 6) -----------------------------------------------------------
 
-
-def spread_of(logits):
-    """K passes (B, K, C) -> phi (B, C), the mean of their softmax, and U_mc (B,), its std.
-
-    The std over passes is averaged over classes.
-    """
-    p = logits.float().softmax(-1)
-    return p.mean(1), p.std(1, correction=0).mean(-1)
-
-
 def mc_dropout(classifier, features, masks):
-    """MC dropout in one broadcast: features (B, D) under masks (K, D) -> phi (B, C), U_mc (B,)."""
+    """MC dropout in one broadcast: features (B, D), masks (K, D) -> spread_of (B, K, C)."""
     return spread_of(classifier(features[:, None] * masks))
 
+def spread_of(logits):
+    """K passes (B, K, C) -> phi (B, C), mean of their softmax, and U_mc (B,), its standard
+    deviation over passes, averaged over classes."""
+    p = logits.float().softmax(-1)
+    return p.mean(1), p.std(1, correction=0).mean(-1)
 
 def kl_divergence(p, q):
     """KL(p || q) of probabilities (B, C) -> (B,), in nats; finite where one underflowed."""
     tiny = torch.finfo(p.dtype).tiny
     return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum(-1)
-
 
 def select_head(phi, uncertainty, rule="kl-u"):
     """Eq. 6: argmin over k in {c, u} of U_k * KL(phi_m || phi_k); a tie goes to the clean head.
@@ -301,64 +271,48 @@ def select_head(phi, uncertainty, rule="kl-u"):
     clean = score("clean") <= score("unclean")
     return torch.where(clean, HEADS.index("clean"), HEADS.index("unclean"))
 
-
 # --- Recipes: ours, and the paper's baselines (Sec. 5) --------------------------------------------
-
 
 class Recipe(NamedTuple):
     """Which heads are tuned, and whether the two teachers speak (else: labels alone)."""
     heads: tuple
     distil: bool
 
-
 RECIPES = {"ours": Recipe(HEADS, True),
            "apt": Recipe(("combined",), False)}  # augmentation based partial fine-tuning
 
-
-class StudentObjective(nn.Module):
-    """Fig. 4 in training: pixels (B, 3, H, W), labels (B,), is_clean (B,) -> Eq. 5, a scalar."""
-
-    def __init__(self, student, teacher):
-        super().__init__()
-        self.student, self.teacher = student, teacher and teacher.eval().requires_grad_(False)
-
-    def forward(self, pixels, labels, is_clean):
-        student, config, targets = self.student, self.student.config, None
-        with torch.no_grad():
-            z = student.backbone(pixels)                                    # M_b, once for both
-            if RECIPES[config.recipe].distil:
-                targets = torch.zeros(len(labels), layers(student.original[1])[-1].weight.shape[0],
-                                      device=pixels.device)
-                if is_clean.any():
-                    targets[is_clean] = student.original(z[is_clean]).float()
-                if not is_clean.all():
-                    targets[~is_clean] = self.teacher(pixels[~is_clean]).float()     # M_t
-        h = student.shared(z)                                               # M_s
-        rows = examples_of(is_clean)
-        logits = {name: head(h[rows[name]])                                 # M_h, on its own kind
-                  for name, head in student.heads.items() if rows[name].any()}
-        return generalized_distillation(logits, targets, labels, is_clean, config.temperature,
-                                        config.distill_weight)
-
+def student_loss(student, teacher, pixels, labels, is_clean):
+    """Fig. 4 in training: pixels (B, 3, H, W), labels and is_clean (B,) -> Eq. 5, a scalar."""
+    config, targets = student.config, None
+    with torch.no_grad():
+        z = student.backbone(pixels)                                        # M_b, once for both
+        if RECIPES[config.recipe].distil:
+            targets = torch.empty(len(labels), student.classes, device=z.device)
+            if is_clean.any():
+                targets[is_clean] = student.original(z[is_clean]).float()   # M, on clean examples
+            if not is_clean.all():
+                targets[~is_clean] = teacher(pixels[~is_clean]).float()     # M_t, on augmented ones
+    h = student.shared(z)                                                   # M_s
+    rows = examples_of(is_clean)
+    logits = {name: head(h[rows[name]])                                     # M_h, on its own kind
+              for name, head in student.heads.items() if rows[name].any()}
+    return generalized_distillation(logits, targets, labels, is_clean, config.temperature,
+                                    config.distill_weight)
 
 # --- Data: D^a, clean and augmented views (Secs. 4.2, 4.3) ----------------------------------------
-
 
 def image_folder(folder, flag="--data"):
     """([(path, label)], class names) of a folder of class folders; raises Refusal, naming it."""
     try:
         found = torchvision.datasets.ImageFolder(folder)
     except OSError as error:
-        raise Refusal(f"{flag} {folder}: {str(error).splitlines()[0].split(' Supported')[0]}"
-                      " Expected CLASS/IMAGE files, or train/ and val/ that hold them.") from error
+        raise Refusal(f"{flag} {folder}: {str(error).split(' Supported')[0]} Expected CLASS/IMAGE "
+                      "files, or train/ and val/ that hold them.") from error
     return found.samples, found.classes
 
-
 def noise2net(image):
-    """DeepAugment's weight-free form [10]: a random Res2Net distorts one image (3, H, W) in [0, 1].
-
-    y + eps * f(y), four times, on normalised pixels; the weights come from torch's generator.
-    """
+    """DeepAugment's weight-free form [10]: y + eps * f(y), four times, on one normalised image
+    (3, H, W) in [0, 1]; f is a Res2Net block whose weights come from torch's generator."""
     def convolve(x, channels, kernel=1, dilation=1):
         bound = (x.shape[1] * kernel**2) ** -0.5
         weight = torch.empty(channels, x.shape[1], kernel, kernel).uniform_(-bound, bound)
@@ -367,31 +321,28 @@ def noise2net(image):
     mean, std = (torch.tensor(s)[:, None, None] for s in (IMAGENET_MEAN, IMAGENET_STD))
     y = ((image - mean) / std)[None]
     for _ in range(4):
-        groups = F.relu(F.instance_norm(convolve(y, 16))).chunk(4, dim=1)
-        outputs = [groups[0]]
-        for group in groups[1:]:
+        first, *groups = F.relu(F.instance_norm(convolve(y, 16))).chunk(4, dim=1)
+        outputs = [first]
+        for group in groups:
             kernel, dilation = (1, 1) if torch.rand(()) < 0.5 else (3, int(torch.randint(1, 4, ())))
             f = convolve(group + outputs[-1], 4, kernel, dilation)
             outputs.append(F.relu(F.instance_norm(f)))
         y = y + torch.empty(()).uniform_(0.375, 0.75) * convolve(torch.cat(outputs, dim=1), 3)
     return (y[0] * std + mean).clamp(0, 1)
 
-
 class Views(Dataset):
     """Views of images, each a function of (seed, epoch, index) alone: any workers, ranks, resumes.
 
-    An item is (pixels uint8, label, is_clean, unreadable). `kind` says what pixels hold:
-    "coin": (3, H, W), clean or augmented by a fair coin: D^a as the student sees it;
-    "triple": (3, 3, H, W), the clean view and two augmented ones, for AugMix's Jensen-Shannon loss;
-    "clean": (3, H, W), randomly cropped; "centre": (3, H, W), not random, for validation.
-    The next readable image replaces an unreadable one, whose index is `unreadable`, else -1.
-    Samples from `own` on are augmented already (--extra-data), never clean.
+    An item is (pixels uint8, label, is_clean, unreadable). `kind` tells the pixels: "coin", D^a as
+    the student sees it, (3, H, W) clean or augmented by a fair coin; "triple", (3, 3, H, W), a clean
+    view and two augmented ones; "centre", (3, H, W), nothing random, for measuring. Samples from
+    `own` on are augmented already (--extra-data), never clean. The next readable image replaces an
+    unreadable one, whose index is `unreadable`, else -1.
     """
 
     def __init__(self, samples, size, kind, config, own=None):
         self.samples, self.kind, self.config, self.epoch = samples, kind, config, 0
-        self.own = len(samples) if own is None else own
-        small = size <= 64
+        self.own, small = len(samples) if own is None else own, size <= 64
         self.centre = v2.Compose([v2.Resize(size if small else size * 256 // 224),
                                   v2.CenterCrop(size)])
         crop = [v2.Resize(size), v2.RandomCrop(size, padding=size // 8)] if small \
@@ -404,29 +355,26 @@ class Views(Dataset):
         return len(self.samples)
 
     def read(self, index):
-        """(image uint8 (3, H, W), label, unreadable)"""
         for step in range(len(self)):
             path, label = self.samples[(index + step) % len(self)]
             try:
-                with Image.open(path) as image:
-                    return v2.functional.pil_to_tensor(image.convert("RGB")), label, \
-                        index if step else -1
+                image = v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
+                return image, label, index if step else -1
             except (OSError, SyntaxError, ValueError):  # what Pillow raises for broken files
                 continue
         raise Refusal(f"{path}: none of the images can be read")
 
     def augmented(self, view):
-        """Noise2Net on every second view, where asked for; then AugMix. (3, H, W) uint8."""
         if "deepaugment" in self.config.augment and torch.rand(()) < 0.5:
             view = (noise2net(view / 255) * 255).byte()
-        return self.augmix(view)
+        return view if self.config.augment == "none" else self.augmix(view)
 
     def __getitem__(self, index):
         image, label, unreadable = self.read(index)
         state = np.random.SeedSequence((self.config.seed, self.epoch, index)).generate_state(1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(state[0]))
-            is_clean = bool(torch.rand(()) < 0.5) and index < self.own                  # beta
+            is_clean = bool(torch.rand(()) < 0.5) and index < self.own      # beta
             view = self.centre(image) if self.kind == "centre" else self.crop(image)
             if self.kind == "triple":
                 view = torch.stack([view, self.augmented(view), self.augmented(view)])
@@ -434,23 +382,24 @@ class Views(Dataset):
                 view = self.augmented(view)
         return view, label, is_clean, unreadable
 
+    def refuse(self, unreadable):
+        """Where skipping an unreadable image would change a score: raises Refusal with its name."""
+        if (unreadable >= 0).any():
+            raise Refusal(f"{self.samples[int(unreadable.max())][0]}: cannot be read; mend or "
+                          "remove it, since skipping it in silence would change the score")
 
 def loader(views, config, epoch=None):
     """Batches of this process: shuffled by (seed, epoch), or all in order where epoch is None."""
     order, batch = np.arange(len(views)), max(1, config.batch_size // PROCESSES)
     if epoch is not None:
-        views.epoch = epoch
-        order = np.random.default_rng((config.seed, epoch)).permutation(order)
-        whole = max(1, len(order) // (batch * PROCESSES)) * batch
-        order = order[RANK::PROCESSES][:whole]
+        views.epoch, whole = epoch, max(1, len(order) // (batch * PROCESSES)) * batch
+        order = np.random.default_rng((config.seed, epoch)).permutation(order)[RANK::PROCESSES][:whole]
     return DataLoader(views, batch, sampler=order.tolist(), num_workers=config.workers)
-
 
 # --- Networks: loading, splitting, saving ---------------------------------------------------------
 
-
 class Part(nn.Module):
-    """A shallow copy of `net` with only the children and tensors in `keep`, run as `run(net, x)`."""
+    """A shallow copy of `net` with only the children and tensors in `keep`; runs run(net, x)."""
 
     def __init__(self, net, keep, run):
         super().__init__()
@@ -461,83 +410,65 @@ class Part(nn.Module):
     def forward(self, x):
         return self.run(self.net, x)
 
-
 def sections(net):
-    """(stem, blocks, pool, classifier or None) of a library's network; raises Refusal (Sec. 4.1).
+    """(stem, blocks, pool, classifier) of a library's network; raises Refusal (Sec. 4.1).
 
     `pool` takes the last block's activations to one vector (B, D): pooling, norm, projection. A ViT
     pools before its final norm, which is equal to the bit and leaves a single token to normalise.
     """
     kind = f"{type(net).__module__.split('.')[0]} {type(net).__name__}"
-    children = {*net._modules, *net._parameters}
+    names = {*net._modules, *net._parameters} - {"layer1", "layer2", "layer3", "layer4", "fc"}
     if kind == "open_clip VisionTransformer" and net.attn_pool is None and net.pool_type == "tok":
-        return (Part(net, children - {"transformer", "ln_post", "proj"}, lambda n, x: n._embeds(x)),
+        return (Part(net, names - {"transformer", "ln_post", "proj"}, lambda n, x: n._embeds(x)),
                 net.transformer.resblocks,
                 Part(net, {"ln_post", "proj"}, lambda n, x: n.ln_post(x[:, 0]) @ n.proj), None)
     if kind == "timm VisionTransformer":
         last = {"norm", "fc_norm", "attn_pool"}
-        run = (lambda n, x: n.fc_norm(n.norm(x[:, 0]))) if net.global_pool == "token" \
-            else (lambda n, x: n.fc_norm(n.pool(n.norm(x))))
-        return (Part(net, children - last - {"blocks", "head_drop", "head"},
+        return (Part(net, names - last - {"blocks", "head_drop", "head"},
                      lambda n, x: n.norm_pre(n.patch_drop(n._pos_embed(n.patch_embed(x))))),
-                net.blocks, Part(net, last, run), net.head)
+                net.blocks, Part(net, last, (lambda n, x: n.fc_norm(n.norm(x[:, 0])))
+                                 if net.global_pool == "token"
+                                 else lambda n, x: n.fc_norm(n.pool(n.norm(x)))), net.head)
     if kind == "torchvision VisionTransformer":
-        return (nn.Sequential(
-            Part(net, {"conv_proj", "class_token"}, lambda n, x: torch.cat(
-                [n.class_token.expand(len(x), -1, -1), n._process_input(x)], dim=1)),
-            Part(net.encoder, {"pos_embedding", "dropout"},
-                 lambda n, x: n.dropout(x + n.pos_embedding))), net.encoder.layers,
-            nn.Sequential(Part(net.encoder, {"ln"}, lambda n, x: n.ln(x[:, 0])), *net.heads[:-1]),
-            net.heads[-1])
+        patches = Part(net, {"conv_proj", "class_token"}, lambda n, x: torch.cat(
+            [n.class_token.expand(len(x), -1, -1), n._process_input(x)], dim=1))
+        tokens = Part(net.encoder, {"pos_embedding", "dropout"},
+                      lambda n, x: n.dropout(x + n.pos_embedding))
+        pool = Part(net.encoder, {"ln"}, lambda n, x: n.ln(x[:, 0]))
+        return (nn.Sequential(patches, tokens), net.encoder.layers,
+                nn.Sequential(pool, *net.heads[:-1]), net.heads[-1])
     if kind == "timm ConvNeXt":
-        blocks = [b if i else nn.Sequential(stage.downsample, b)
-                  for stage in net.stages for i, b in enumerate(stage.blocks)]
-        return (net.stem, blocks, nn.Sequential(net.norm_pre, Part(
-            net.head, {"global_pool", "norm", "flatten", "pre_logits"},
-            lambda n, x: n.pre_logits(n.flatten(n.norm(n.global_pool(x)))))), net.head.fc)
+        blocks = [block if i else nn.Sequential(stage.downsample, block)
+                  for stage in net.stages for i, block in enumerate(stage.blocks)]
+        pool = Part(net.head, {"global_pool", "norm", "flatten", "pre_logits"},
+                    lambda n, x: n.pre_logits(n.flatten(n.norm(n.global_pool(x)))))
+        return net.stem, blocks, nn.Sequential(net.norm_pre, pool), net.head.fc
     if kind.endswith("ResNet"):
         blocks = [block for i in "1234" for block in getattr(net, f"layer{i}")]
-        stem = children - {"layer1", "layer2", "layer3", "layer4", "attnpool", "fc"}
-        if kind == "open_clip ModifiedResNet":
-            return Part(net, stem, lambda n, x: n.stem(x)), blocks, net.attnpool, None
-        if kind == "timm ResNet":
-            return (Part(net, stem - {"global_pool"}, lambda n, x: n.maxpool(n.act1(n.bn1(
-                n.conv1(x))))), blocks, net.global_pool, net.fc)
-        return (Part(net, stem - {"avgpool"}, lambda n, x: n.maxpool(n.relu(n.bn1(n.conv1(x))))),
-                blocks, nn.Sequential(net.avgpool, nn.Flatten(1)), net.fc)
+        if kind.startswith("open_clip"):
+            stem = Part(net, names - {"attnpool"}, lambda n, x: n.stem(x))
+            return stem, blocks, net.attnpool, None
+        stem = Part(net, names - {"avgpool", "global_pool"}, lambda n, x: n.maxpool(
+            (n.act1 if hasattr(n, "act1") else n.relu)(n.bn1(n.conv1(x)))))
+        pool = getattr(net, "global_pool", None) or nn.Sequential(net.avgpool, nn.Flatten(1))
+        return stem, blocks, pool, net.fc
     raise Refusal(f"cannot split a {kind}: not an open_clip ViT or ResNet, a timm ViT, ResNet or "
                   "ConvNeXt, nor a torchvision ViT or ResNet; give RobustStudent your own modules")
-
-
-class Preprocess(nn.Module):
-    """Pixels in [0, 1] of any size -> the network's own size and normalisation."""
-
-    def __init__(self, size, mean, std):
-        super().__init__()
-        self.size = size
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
-
-    def forward(self, x):
-        if x.shape[-1] != self.size:
-            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
-        return (x - self.mean) / self.std
-
 
 class Network(nn.Module):
     """A whole network M as stem, blocks, pool, classifier: pixels (B, 3, H, W) -> logits (B, C).
 
-    `size` is its input size in pixels; `source`, load_network's arguments, rebuilds it;
-    `text_embeddings(names)` gives ((C, D), scale) for CLIP, else it is None; so is an unknown
-    `class_names`.
+    size: input size in pixels; source: load_network's arguments; text_embeddings: class names ->
+    ((C, D), scale) for CLIP, else None; class_names: None where unknown.
     """
 
     def __init__(self, net, size, mean, std, text_embeddings, source):
         super().__init__()
         stem, blocks, self.pool, classifier = sections(net)
-        self.classifier = classifier if isinstance(classifier, nn.Linear) else None
-        self.stem = nn.Sequential(Preprocess(size, mean, std), stem)
+        resize = v2.Resize((size, size), v2.InterpolationMode.BICUBIC)  # does nothing at that size
+        self.stem = nn.Sequential(resize, v2.Normalize(mean, std), stem)
         self.blocks = nn.Sequential(*blocks)
+        self.classifier = classifier if isinstance(classifier, nn.Linear) else None
         self.size, self.text_embeddings, self.source = size, text_embeddings, source
         self.class_names = None
 
@@ -550,15 +481,13 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def predict(self, pixels, with_original=False):
-        """pixels (B, 3, H, W) in [0, 1] -> Prediction with one predictor, "model"."""
+        """As RobustStudent.predict, with one predictor, "model", and no heads."""
         p = self(pixels).float().softmax(-1)
         return Prediction(p, None, None, {"model": p})
-
 
 def count(*modules):
     """Number of parameters."""
     return sum(p.numel() for m in modules for p in m.parameters())
-
 
 def split(network, fraction, head_blocks):
     """(K, N): M_b = blocks[:K], M_s = blocks[K:N], M_h = blocks[N:], pool, classifier (Sec. 4.1).
@@ -569,17 +498,15 @@ def split(network, fraction, head_blocks):
     rest, target = count(network.pool, network.classifier), fraction * count(network)
     return min(range(n + 1), key=lambda k: abs(count(network.blocks[k:]) + rest - target)), n
 
-
 def assemble(network, at, config):
     """RobustStudent of a Network cut at (K, N)."""
     blocks, (k, n) = list(network.blocks), at
     student = RobustStudent(nn.Sequential(network.stem, *blocks[:k]), nn.Sequential(*blocks[k:n]),
                             nn.Sequential(*blocks[n:], network.pool, network.classifier), config)
+    student.size, student.class_names = network.size, network.class_names
     student.origin = {"source": network.source, "split": at, "class_names": network.class_names,
                       "classifier": network.classifier.state_dict()}
-    student.size, student.class_names = network.size, network.class_names
     return student
-
 
 def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
     """A Network by open_clip, timm or torchvision name, NAME:FILE, or a .pt of --make-teacher.
@@ -597,17 +524,15 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
                   seed=seed)
     name, _, file = name.partition(":")
     file = pretrained if Path(pretrained).is_file() else file
-    tag = None if file or pretrained == "none" else pretrained
-    build = (build_timm if timm.is_model(name)  # first: open_clip has a convnext_tiny too
-             else build_clip if name in open_clip.list_models()
-             else build_torchvision if name in torchvision.models.list_models() else None)
-    if not build:
+    unimodal = timm.is_model(name) or name in torchvision.models.list_models()
+    if not unimodal and name not in open_clip.list_models():  # it has a convnext_tiny as timm has
         raise Refusal(f"{name}: not an open_clip, timm or torchvision name, nor a .pt file")
     torch.manual_seed(seed)
     try:
-        whole, net, size, mean, std, embed = build(name, tag, image_size, model_args or {})
-        if size <= 64 and hasattr(net, "maxpool"):  # a strided 7x7 stem is wrong here: 3x3, no pool
-            first, *rest = layers(net.conv1)
+        whole, net, *others = (build_unimodal if unimodal else build_clip)(
+            name, None if file or pretrained == "none" else pretrained, image_size, model_args or {})
+        if image_size and image_size <= 64 and hasattr(net, "maxpool"):
+            first, *rest = layers(net.conv1)  # a strided 7x7 stem is wrong here: 3x3, no pooling
             small = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=False)
             net.conv1, net.maxpool = nn.Sequential(small, *rest) if rest else small, nn.Identity()
         if file:
@@ -615,9 +540,8 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
             state = state.get("state_dict", state.get("model", state))
             whole.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
     except (RuntimeError, TypeError) as error:  # an unknown tag or argument; weights do not fit
-        raise Refusal(f"{source['name']}: {' '.join(str(error).split())[:300]}") from error
-    return Network(net, size, mean, std, embed, source)
-
+        raise Refusal(f"{source['name']}: {str(error)[:300]}") from error
+    return Network(net, *others, source)
 
 def build_clip(name, tag, image_size, args):
     """(whole, image tower, size, mean, std, text_embeddings). OpenAI's weights need QuickGELU."""
@@ -627,35 +551,30 @@ def build_clip(name, tag, image_size, args):
     clip = open_clip.create_model(name, pretrained=tag, force_image_size=image_size or None,
                                   force_quick_gelu=known.get("quick_gelu", False), **args).eval()
     logging.disable(logging.NOTSET)
-    tokenizer, net = open_clip.get_tokenizer(name), clip.visual
+    tokenizer, prepare = open_clip.get_tokenizer(name), clip.visual.preprocess_cfg
 
-    def embed(names):
+    def text_embeddings(names):
         """phi_text(Y) (C, D) under open_clip's 80 templates, and exp(logit_scale) (Sec. 4.4)."""
         wnids = timm.data.ImageNetInfo("imagenet-1k").label_names()
-        names = [open_clip.IMAGENET_CLASSNAMES[wnids.index(n)] if n in wnids  # never by name: only
-                 else n.replace("_", " ") for n in names]                     # 998 of 1000 differ
-        return open_clip.build_zero_shot_classifier(
-            clip, tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES).T, clip.logit_scale.exp().item()
+        names = [open_clip.IMAGENET_CLASSNAMES[wnids.index(n)] if n in wnids  # by index: only 998
+                 else n.replace("_", " ") for n in names]                     # names differ
+        weight = open_clip.build_zero_shot_classifier(clip, tokenizer, names,
+                                                      open_clip.OPENAI_IMAGENET_TEMPLATES).T
+        return weight, clip.logit_scale.exp().item()
 
-    size = net.image_size[0] if isinstance(net.image_size, tuple) else net.image_size
-    return clip, net, size, net.preprocess_cfg["mean"], net.preprocess_cfg["std"], embed
+    size = int(np.max(clip.visual.image_size))
+    return clip, clip.visual, size, prepare["mean"], prepare["std"], text_embeddings
 
-
-def build_timm(name, tag, image_size, args):
-    """As build_clip, with the size, mean and std that the weights were trained with."""
-    sized = {"img_size": image_size} if image_size and "vit" in name else {}
-    net = timm.create_model(f"{name}.{tag}" if tag else name, pretrained=tag is not None,
-                            **sized, **args)
+def build_unimodal(name, tag, image_size, args):
+    """As build_clip, for a timm or torchvision name; with the weights' own size, mean and std."""
+    if image_size and "vit" in name:
+        args = {"img_size" if timm.is_model(name) else "image_size": image_size, **args}
+    if not timm.is_model(name):
+        net = torchvision.models.get_model(name, weights="DEFAULT" if tag == "" else tag, **args)
+        return net, net, image_size or 224, IMAGENET_MEAN, IMAGENET_STD, None
+    net = timm.create_model(f"{name}.{tag}" if tag else name, pretrained=tag is not None, **args)
     known = net.pretrained_cfg
     return net, net, image_size or known["input_size"][-1], known["mean"], known["std"], None
-
-
-def build_torchvision(name, tag, image_size, args):
-    """As build_clip; 224 px and ImageNet's mean and std."""
-    sized = {"image_size": image_size} if image_size and "vit" in name else {}
-    net = torchvision.models.get_model(name, weights="DEFAULT" if tag == "" else tag, **sized, **args)
-    return net, net, image_size or 224, IMAGENET_MEAN, IMAGENET_STD, None
-
 
 def classifier_from(state, prefix="", trained=True):
     """The classifier whose tensors stand under `prefix` in a state dict."""
@@ -666,7 +585,6 @@ def classifier_from(state, prefix="", trained=True):
     classifier.load_state_dict(own)
     return classifier
 
-
 def read_tensors(path, kind=None):
     """Tensors and plain data of a file, by weights_only=True; `kind` is "network" or "plug-in"."""
     if not Path(path).is_file():
@@ -676,12 +594,11 @@ def read_tensors(path, kind=None):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise Refusal(f"{path}: not a readable checkpoint (truncated, of another format, or holding "
-                      "code, which never runs); make or download it again") from error
+        raise Refusal(f"{path}: not a readable checkpoint (truncated, of another format, or with "
+                      "code in it, which never runs); make or download it again") from error
     if kind and (not isinstance(content, dict) or content.get("format") != f"robustify {kind}"):
         raise Refusal(f"{path}: not a {kind} that robustify.py wrote")
     return content
-
 
 def write_tensors(content, path):
     """Write atomically: a crash or a full disk leaves the older file whole. Raises OSError."""
@@ -690,12 +607,10 @@ def write_tensors(content, path):
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
 
 def fingerprint(module):
     """sha256 over names, shapes and bytes of a module's state."""
@@ -705,14 +620,12 @@ def fingerprint(module):
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-
 def save(student, path):
     """The plug-in: tuned part, config, class names, where M_b comes from and its fingerprint."""
     tuned = {k: v for k, v in student.state_dict().items()
              if not k.startswith(("backbone.", "original."))}
     write_tensors({"format": "robustify plug-in", "tuned": tuned, "config": asdict(student.config),
                    "fingerprint": fingerprint(student.backbone), **student.origin}, path)
-
 
 def load(path, backbone=None, shared=None, head=None, class_names=None):
     """robust.pt -> RobustStudent; with backbone, shared and head where they were your own modules.
@@ -722,92 +635,79 @@ def load(path, backbone=None, shared=None, head=None, class_names=None):
     """
     saved = read_tensors(path, "plug-in")
     config = Config(**saved["config"])
-    if backbone is None:
+    if backbone:
+        student = RobustStudent(backbone, shared, head, config)
+    else:
         network = load_network(**saved["source"])
         network.classifier = classifier_from(saved["classifier"], trained=not config.zero_shot)
         network.class_names = saved["class_names"]
         student = assemble(network, saved["split"], config)
-    else:
-        student = RobustStudent(backbone, shared, head, config)
-    found = fingerprint(student.backbone)
-    if found != saved["fingerprint"]:
+    if (found := fingerprint(student.backbone)) != saved["fingerprint"]:
         raise Refusal(f"{path}: tuned on a backbone with fingerprint {saved['fingerprint'][:16]}, "
                       f"this one has {found[:16]}; load the weights that it was tuned on")
     student.load_state_dict(saved["tuned"], strict=False)
-    if class_names:
-        if not config.zero_shot:
-            raise Refusal(f"{path}: only a student tuned with --zero-shot takes new class names")
-        for module in student.modules():
-            if isinstance(module, CosineClassifier):
-                module.weight = network.text_embeddings(class_names)[0]
-        student.class_names = class_names
+    if class_names and not config.zero_shot:
+        raise Refusal(f"{path}: only a student tuned with --zero-shot takes new class names")
+    for module in student.modules() if class_names else []:
+        if isinstance(module, CosineClassifier):
+            module.weight = network.text_embeddings(class_names)[0]
+            student.class_names = class_names
     return student
-
 
 # --- The robust teacher (Sec. 4.2) and the training loop ------------------------------------------
 
-
-class TeacherObjective(nn.Module):
-    """Cross-entropy of pixels (B, 3, H, W); of views (B, 3, 3, H, W) the published AugMix loss [12]:
-    cross-entropy of the clean one + jsd * Jensen-Shannon divergence of the three."""
-
-    def __init__(self, network, jsd):
-        super().__init__()
-        self.network, self.jsd = network, jsd
-
-    def forward(self, pixels, labels, is_clean):
-        if pixels.ndim == 4:
-            return F.cross_entropy(self.network(pixels).float(), labels)
-        logits = self.network(pixels.transpose(0, 1).flatten(0, 1)).float()
-        views = logits.softmax(-1).unflatten(0, (3, -1))
-        divergence = torch.stack([kl_divergence(p, views.mean(0)) for p in views]).mean()
-        return F.cross_entropy(logits[:len(labels)], labels) + self.jsd * divergence
-
+def teacher_loss(network, jsd, pixels, labels):
+    """Cross-entropy of pixels (B, 3, H, W); of a "triple" (B, 3, 3, H, W) the published AugMix loss
+    [12]: cross-entropy of the clean view + jsd * Jensen-Shannon divergence of all three."""
+    if pixels.ndim == 4:
+        return F.cross_entropy(network(pixels).float(), labels)
+    logits = network(pixels.transpose(0, 1).flatten(0, 1)).float()
+    views = logits.softmax(-1).unflatten(0, (3, -1))
+    divergence = torch.stack([kl_divergence(p, views.mean(0)) for p in views]).mean()
+    return F.cross_entropy(logits[:len(labels)], labels) + jsd * divergence
 
 def accuracy(model, views, config):
     """{predictor: share of right answers, 0 to 1} of a Network or RobustStudent."""
     right = {}
     for pixels, labels, _, unreadable in loader(views, config):
-        if (unreadable >= 0).any():
-            raise Refusal(f"{views.samples[int(unreadable.max())][0]}: cannot be read; mend or "
-                          "remove it, since skipping it in silence would change the score")
+        views.refuse(unreadable)
         for name, p in model.eval().predict(pixels.to(config.device) / 255, True).everyone.items():
             right[name] = right.get(name, 0) + int((p.argmax(-1).cpu() == labels).sum())
     return {name: n / len(views) for name, n in right.items()}
 
-
-def fit(objective, model, views, validation, config, write):
-    """Minimise `objective` over `views`; after each epoch validate `model` and `write()` it."""
-    objective.to(config.device, memory_format=torch.channels_last)  # 1.5 times as fast on ResNets
-    tuned = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(tuned, config.lr, weight_decay=config.weight_decay)
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(tuned, config.lr, 0.9, weight_decay=config.weight_decay)
+def fit(loss_of, model, views, validation, config, write):
+    """Minimise loss_of(pixels, labels, is_clean); after each epoch validate model and `write()`."""
+    model.to(config.device, memory_format=torch.channels_last)  # 1.5 times as fast on ResNets
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    make = {"adamw": torch.optim.AdamW, "sgd": lambda p, lr, weight_decay: torch.optim.SGD(
+        p, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)}[config.optimizer]
+    optimizer = make(tuned, config.lr, weight_decay=config.weight_decay)
     steps = config.epochs * len(loader(views, config, epoch=0))
-    warmup = max(1, int(config.warmup * steps))
+    warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: (s + 1) / warmup if s < warmup
-                                                 else 0.5 + 0.5 * np.cos(np.pi * s / steps))
-    if PROCESSES > 1:
-        objective = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
+        else 0.5 + 0.5 * np.cos(np.pi * (s - warmup) / max(1, steps - warmup)))
     replaced = set()
     for epoch in range(config.epochs):
         model.train()
         bar = tqdm(loader(views, config, epoch), f"epoch {epoch + 1}/{config.epochs}",
                    disable=RANK > 0, mininterval=2)
-        start = ready = time.perf_counter()
-        seen, waited = 0, 0.0
+        start, waited, seen = time.perf_counter(), 0.0, 0
+        ready = start
         for step, (pixels, labels, is_clean, unreadable) in enumerate(bar):
             waited += time.perf_counter() - ready
             replaced |= set(unreadable[unreadable >= 0].tolist())
             pixels, labels, is_clean = (t.to(config.device) for t in (pixels, labels, is_clean))
             with torch.autocast("cuda", torch.bfloat16, enabled=config.device == "cuda"):
-                loss = objective(pixels / 255, labels, is_clean)
+                loss = loss_of(pixels / 255, labels, is_clean)
             if not torch.isfinite(loss):
-                raise Refusal(f"the loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}; "
-                              "the last checkpoint stays; try a lower --lr or --temperature")
+                raise Refusal(f"the loss became {loss} in epoch {epoch + 1}, step {step + 1}; the "
+                              "last checkpoint stays; try a lower --lr or --temperature")
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(tuned, config.clip)
+            for p in tuned if PROCESSES > 1 else []:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.distributed.all_reduce(p.grad.div_(PROCESSES))
+            nn.utils.clip_grad_norm_(tuned, 1.0)  # T^2 scales gradients
             optimizer.step()
             schedule.step()
             ready, seen = time.perf_counter(), seen + len(labels) * PROCESSES
@@ -815,44 +715,50 @@ def fit(objective, model, views, validation, config, write):
                                 f"{waited / (ready - start):.0%} waiting for data", refresh=False)
         if RANK == 0:
             scores = accuracy(model, validation, config) if validation else {}
-            print(f"epoch {epoch + 1} done", *(f"{k} {100 * v:.1f}" for k, v in scores.items()), sep=", ")
+            print(f"epoch {epoch + 1}:", *(f"{k} {100 * v:.1f}" for k, v in scores.items()))
             write()
     if replaced and RANK == 0:
         print(f"{len(replaced)} unreadable images were replaced by the next readable one: "
               + ", ".join(str(views.samples[i][0]) for i in sorted(replaced)[:3]))
 
-
-def scan(config):
-    """(training samples, how many are not --extra-data, validation samples or None, classes)."""
-    part = {n: Path(config.data, n) for n in ("train", "val", "test") if Path(config.data, n).is_dir()}
-    samples, names = image_folder(part.get("train", config.data))
-    if config.limit:
-        keep = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
-        samples = [samples[i] for i in sorted(keep)]
-    own, held_out = len(samples), part.get("val", part.get("test"))
-    for folder in config.extra_data:
-        extra, others = image_folder(folder, "--extra-data")
-        same_classes(names, others, f"--extra-data {folder}")
-        samples = samples + extra
-    if held_out:
-        folder, (held_out, others) = held_out, image_folder(held_out)
-        same_classes(names, others, folder)
-    return samples, own, held_out, names
-
-
 def same_classes(names, others, what):
     """Raises Refusal where `others`, the classes of `what`, are not `names`; None is unknown."""
     if others is not None and list(others) != list(names):
-        raise Refusal(f"{what} has {len(others)} classes ({', '.join(others[:3])} ...), the training "
-                      f"data {len(names)} ({', '.join(names[:3])} ...); they must be the same")
+        raise Refusal(f"{what} has {len(others)} classes ({', '.join(others[:3])} ...), the training"
+                      f" data {len(names)} ({', '.join(names[:3])} ...); they must be the same")
 
-
-def give_classifier(network, names, config):
-    """Where the network has none for these classes: text embeddings, or a new layer. Whether it did."""
-    own = network.classifier
+def prepare(name, kind, config):
+    """(Network with a classifier, Views, validation Views or None) for --data and --extra-data."""
+    parts = [Path(config.data, part) for part in ("train", "val", "test")]
+    train, *held_out = [part for part in parts if part.is_dir()] or [config.data]
+    samples, names = image_folder(train)
+    if config.limit:
+        keep = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
+        samples = [samples[i] for i in sorted(keep)]
+    others = [(folder, *image_folder(folder)) for folder in (*held_out[:1], *config.extra_data)]
+    network = load_network(name, config.pretrained, config.image_size,
+                           json.loads(config.model_args), config.seed)
+    for what, _, classes in (*others, (name, None, network.class_names)):
+        same_classes(names, classes, what)
     network.class_names = names
+    give_classifier(network, samples, config)
+    validation = Views(others.pop(0)[1], network.size, "centre", config) if held_out else None
+    views = Views(samples + [s for _, extra, _ in others for s in extra], network.size, kind,
+                  config, len(samples))
+    if RANK == 0:
+        print(f"network   {name}, {count(network) / 1e6:.2f} M parameters, {network.size} px\n"
+              f"images    {len(views)}, {len(names)} classes, {len(validation or [])} to validate\n"
+              f"training  {config.epochs} epochs, {config.epochs * len(loader(views, config, 0))} "
+              f"steps of {config.batch_size} images ({config.augment}), {config.optimizer}, lr "
+              f"{config.lr:g}, on {config.device}; writes {config.out}", flush=True)
+    return network, views, validation
+
+def give_classifier(network, samples, config):
+    """Where the network has no classifier for its class names: text embeddings, or a new layer; in
+    VE a student's is then fitted as a linear probe on features of centre crops (Sec. 5)."""
+    own, names = network.classifier, network.class_names
     if own is not None and own.weight.shape[0] == len(names) and not config.zero_shot:
-        return False
+        return
     if network.text_embeddings:
         network.classifier = CosineClassifier(*network.text_embeddings(names), not config.zero_shot)
     elif config.zero_shot:
@@ -861,127 +767,88 @@ def give_classifier(network, names, config):
         with torch.no_grad():
             width = network.eval().features(torch.zeros(1, 3, network.size, network.size)).shape[1]
         network.classifier = nn.Linear(width, len(names))
-    return True
-
-
-def linear_probe(network, views, config):
-    """Fit the classifier on features of centre crops, from its present weights (Sec. 5, VE)."""
+    if config.zero_shot or config.make_teacher:
+        return
     network.eval().to(config.device)
+    views = Views(samples, network.size, "centre", config)
     with torch.no_grad():
         pairs = [(network.features(pixels.to(config.device) / 255), labels.to(config.device))
                  for pixels, labels, *_ in tqdm(loader(views, config), "linear probe")]
     features, labels = (torch.cat(column) for column in zip(*pairs))
     optimizer = torch.optim.AdamW(network.classifier.parameters(), 1e-3)
-    generator = torch.Generator().manual_seed(config.seed)
     for _ in range(20):
-        for rows in torch.randperm(len(labels), generator=generator).split(256):
+        for rows in torch.randperm(len(labels)).split(256):
             optimizer.zero_grad()
             F.cross_entropy(network.classifier(features[rows]), labels[rows]).backward()
             optimizer.step()
 
-
-def prepare(name, config, kind):
-    """(Network with a classifier, Views, validation Views or None) of the data that config names."""
-    samples, own, held_out, names = scan(config)
-    network = load_network(name, config.pretrained, config.image_size, json.loads(config.model_args),
-                           config.seed)
-    same_classes(names, network.class_names, name)
-    new = give_classifier(network, names, config)
-    if new and config.student and not config.zero_shot:
-        linear_probe(network, Views(samples[:own], network.size, "centre", config), config)
-    views = Views(samples, network.size, kind, config, own)
-    validation = Views(held_out, network.size, "centre", config) if held_out else None
-    if RANK == 0:
-        print(f"network   {name}, {count(network) / 1e6:.2f} M parameters, {network.size} px\n"
-              f"images    {len(views)} in {len(names)} classes, {len(held_out or [])} to validate\n"
-              f"training  {config.epochs} epochs, {config.epochs * len(loader(views, config, 0))} steps "
-              f"of {config.batch_size} images ({config.augment}), {config.optimizer}, lr {config.lr:g},"
-              f" on {config.device}; writes {config.out}", flush=True)
-    return network, views, validation
-
-
 def make_teacher(config):
     """Sec. 4.2: train a small network whole on D^a, or plainly with --augment none; write it."""
-    kind = "clean" if config.augment == "none" else "triple" if config.jsd else "coin"
-    network, views, validation = prepare(config.make_teacher, config, kind)
-    fit(TeacherObjective(network, config.jsd), network, views, validation, config,
-        lambda: write_tensors({"format": "robustify network", "source": network.source,
-                               "class_names": network.class_names, "config": asdict(config),
-                               "state": network.state_dict()}, config.out))
-
+    kind = "triple" if config.jsd and config.augment != "none" else "coin"
+    network, views, validation = prepare(config.make_teacher, kind, config)
+    fit(lambda pixels, labels, _: teacher_loss(network, config.jsd, pixels, labels), network, views,
+        validation, config, lambda: write_tensors(
+            {"format": "robustify network", "source": network.source, "state": network.state_dict(),
+             "class_names": network.class_names}, config.out))
 
 def tune_student(config):
     """Sec. 4.3: cut the student, plug in the heads, tune them on D^a, write the plug-in."""
     heads, distil = RECIPES[config.recipe]
     if distil and not config.teacher:
         raise Refusal(f"--recipe {config.recipe} needs --teacher FILE.pt; see --make-teacher")
-    teacher = load_network(config.teacher) if distil else None
-    network, views, validation = prepare(config.student, config, "coin")
+    teacher = load_network(config.teacher).to(config.device).eval() if distil else None
+    network, views, validation = prepare(config.student, "coin", config)
     if teacher:
         same_classes(network.class_names, teacher.class_names, config.teacher)
     k, n = at = split(network, config.fraction, config.head_blocks)
-    shared = count(network.blocks[k:n])
-    head = count(network.blocks[n:], network.pool, network.classifier)
+    shared, head = (count(*parts) / count(network) for parts in (
+        network.blocks[k:n], (network.blocks[n:], network.pool, network.classifier)))
     if RANK == 0:
-        print(f"tuned     blocks {k + 1}-{n} shared, {n + 1}-{len(network.blocks)} a head, "
-              f"{(shared + head) / count(network):.1%} ({shared / count(network) + len(heads) * head / count(network):.1%} with all heads)\n"
-              f"heads     {', '.join(heads)}; teacher {config.teacher if distil else 'none'}", flush=True)
+        print(f"tuned     blocks {k + 1}-{n} shared, {n + 1}-{len(network.blocks)} in each head: "
+              f"{shared + head:.1%}, with all heads {shared + len(heads) * head:.1%}\n"
+              f"heads     {', '.join(heads)}; teacher {config.teacher if distil else 'none'}")
     student = assemble(network, at, config)
-    fit(StudentObjective(student, teacher), student, views, validation, config,
+    fit(lambda *batch: student_loss(student, teacher, *batch), student, views, validation, config,
         lambda: save(student, config.out))
-
 
 # --- The demo: the whole method on drawn shapes, with no download ---------------------------------
 
+SHAPES = "disk ring square frame triangle outline bar slit".split()
 
-def draw(shape, rng):
-    """One of 8 shapes on a grating, uint8 (32, 32, 3). A faint fine texture gives the class away:
-    a shortcut that a plainly trained network takes, and that noise and blur destroy."""
+def draw(index, rng):
+    """A shape on a grating, uint8 (32, 32, 3). A faint fine texture gives the class away: a cue
+    that a plainly trained network takes, and that noise and blur destroy."""
     y, x = np.mgrid[-1:1:32j, -1:1:32j]
-    angle, size = rng.uniform(-0.4, 0.4), rng.uniform(0.45, 0.75)
-    dx, dy = x - rng.uniform(-0.25, 0.25), y - rng.uniform(-0.25, 0.25)
-    u = (dx * np.cos(angle) + dy * np.sin(angle)) / size
-    v = (dy * np.cos(angle) - dx * np.sin(angle)) / size
-    r, m = np.hypot(u, v), np.maximum(abs(u), abs(v))
-    mask = (r < 1, (r < 1) & (r > 0.55), m < 0.85, (m < 0.9) & (m > 0.5),
-            (v < 0.7) & (1.8 * abs(u) < v + 1), (m < 0.95) & (np.minimum(abs(u), abs(v)) < 0.3),
-            (abs(u) < 0.3) & (abs(v) < 1.1), (r < 1) & (np.hypot(u - 0.5, v) > 0.75))[shape]
-    direction, rate, phase = rng.uniform(0, np.pi), rng.uniform(4, 12), rng.uniform(0, 6)
-    grating = np.sin(rate * (x * np.cos(direction) + y * np.sin(direction)) + phase)
-    image = rng.uniform(0.2, 0.8, 3) + rng.uniform(-0.2, 0.2, 3) * grating[..., None]
-    image[mask] = rng.uniform(0, 1, 3)
-    angle = np.pi * shape / 8
-    texture = np.sin(40 * (x * np.cos(angle) + y * np.sin(angle)))
-    image += 0.1 * (rng.random() < 0.7) * texture[..., None] + rng.normal(0, 0.03, image.shape)
-    return (255 * image.clip(0, 1)).astype(np.uint8)
-
-
-SHAPES = "disk ring square frame triangle cross bar crescent".split()
-
+    wave = lambda rate, angle: np.sin(rate * (x * np.cos(angle) + y * np.sin(angle)))[..., None]
+    u, v = ((x, y) - rng.uniform(-0.3, 0.3, (2, 1, 1))) / rng.uniform(0.4, 0.8)
+    angle, corners = np.arctan2(v, u) + rng.uniform(-0.3, 0.3), (30, 4, 3, 0)[index // 2]
+    radius = np.hypot(u, v) * np.cos(angle % (2 * np.pi / corners) - np.pi / corners) if corners \
+        else np.maximum(abs(u) * 3, abs(v)) - 0.2
+    image = rng.uniform(0.2, 0.8, 3) + 0.2 * wave(rng.uniform(4, 12), rng.uniform(0, np.pi))
+    image[(radius < 0.7) & (radius > 0.35 * (index % 2))] = rng.uniform(0, 1, 3)
+    image += 0.1 * (rng.random() < 0.7) * wave(40, np.pi * index / 8)
+    return (255 * (image + rng.normal(0, 0.03, image.shape)).clip(0, 1)).astype(np.uint8)
 
 def demo(folder="demo"):
     """Draw the images, train a stand-in large student and a robust teacher, run ours and APT."""
     rng = np.random.default_rng(0)
-    for part, images in (("train", 4000), ("val", 1000)):
-        for i in range(images):
-            path = Path(folder, part, SHAPES[i % 8], f"{i:04}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw(i % 8, rng)).save(path)
+    for i in range(5000):
+        path = Path(folder, "train" if i < 4000 else "val", SHAPES[i % 8], f"{i:04}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(i % 8, rng)).save(path)
     config = Config(data=folder, pretrained="none", image_size=32, severity=4, batch_size=64,
-                    lr=3e-3, workers=2)
-    for name, augment, channels, epochs in (("student", "none", (16, 32, 64, 96), 6),
-                                            ("teacher", config.augment, (8, 16, 32, 48), 6)):
+                    lr=3e-3, epochs=6, workers=2)
+    for name, augment, channels in (("student", "none", (16, 32, 64, 96)),
+                                    ("teacher", config.augment, (8, 16, 32, 48))):
         args = {"layers": [1, 1, 1, 1], "channels": channels, "stem_type": "deep", "stem_width": 8}
         make_teacher(replace(config, make_teacher="resnet18", model_args=json.dumps(args),
-                             augment=augment, epochs=epochs, out=f"{folder}/{name}.pt"))
+                             augment=augment, out=f"{folder}/{name}.pt"))
     for recipe in ("ours", "apt"):
         tune_student(replace(config, student=f"{folder}/student.pt", teacher=f"{folder}/teacher.pt",
                              recipe=recipe, epochs=4, lr=1e-3, out=f"{folder}/{recipe}.pt"))
-    print("python eval.py measures what now lies in", folder)
-
+    print(f"now measure what lies in {folder}/ with: python eval.py")
 
 # --- main -----------------------------------------------------------------------------------------
-
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, like ours."""
@@ -989,22 +856,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Refusal(message)
 
-
 def parse(arguments):
     """Config from the command line; its comments are the help. Raises Refusal."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    help = dict(re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)))
+    comments = dict(re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)))
+    choices = {"recipe": RECIPES, "rule": ("kl-u", "u", "kl", "confidence"),
+               "mc": ("head", "tuned"), "optimizer": ("adamw", "sgd"),
+               "augment": ("augmix", "augmix+deepaugment", "none"), "device": ("cuda", "cpu")}
     for f in fields(Config):
-        how = {bool: {"action": "store_true"}, tuple: {"nargs": "*"}}.get(f.type, {"type": f.type})
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, help=help[f.name], **how)
-    config = Config(**vars(parser.parse_args(arguments)))
-    for name, known in (("recipe", RECIPES), ("rule", ("kl-u", "u", "kl", "confidence")),
-                        ("mc", ("head", "tuned")), ("optimizer", ("adamw", "sgd")),
-                        ("augment", ("augmix", "augmix+deepaugment", "none"))):
-        if getattr(config, name) not in known:
-            raise Refusal(f"--{name} {getattr(config, name)}: choose from {', '.join(known)}")
-    return config
-
+        how = {bool: {"action": "store_true"}, tuple: {"nargs": "*"}}.get(
+            f.type, {"type": f.type, "choices": choices.get(f.name)})
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default,
+                            help=comments[f.name], **how)
+    return Config(**vars(parser.parse_args(arguments)))
 
 def main(arguments=None):
     """The command line; returns the exit code."""
@@ -1028,7 +892,6 @@ def main(arguments=None):
         print(f"robustify.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
