@@ -4,12 +4,12 @@
     python eval.py --data imagenet-c/                             # --model robust.pt
     python eval.py --data cifar10/test --corrupt --model student.pt teacher.pt robust.pt
 
-Folders are recognised by their layout: ImageNet-C (CORRUPTION/SEVERITY/CLASS/), numeric class folders
-(ImageNetV2: the folder is the label), a subset of the model's classes by folder name (ImageNet-R, -A:
-the logits are sliced to the subset; the row "of all" decides among all classes), any class folders.
-A model is a plug-in (robust.pt), a network of --make-teacher, or a name that robustify.py knows; of a
-plug-in every predictor is measured in one pass: original, each head, selected, and the oracle, which
-is right where the clean or the unclean head is.
+Folders are recognised by their layout: ImageNet-C (CORRUPTION/SEVERITY/CLASS/), numeric class
+folders (ImageNetV2: the folder is the label), a subset of the model's classes by folder name
+(ImageNet-R, -A: logits are sliced to the subset; the row "of all" decides among all classes), any
+class folders. A model is a plug-in (robust.pt), a network of --make-teacher, or a name that
+robustify.py knows. Of a plug-in every predictor is measured in one pass: the original, each head,
+the selected one, and the oracle, which is right where the clean or the unclean head is.
 """
 
 import argparse
@@ -24,11 +24,11 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from torchvision.transforms import v2
-from tqdm import tqdm
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
-from robustify import (HEADS, Config, Parser, Refusal, Views, image_folder, load, load_network,
-                       loader, read_tensors)
+from robustify import (HEADS, Config, Refusal, Views, image_folder, load, load_network, measured,
+                       read_tensors, refuse)
 
 ALEXNET = dict(  # top-1 error of AlexNet [11], for mCE
     gaussian_noise=.886428, shot_noise=.894468, impulse_noise=.922640, defocus_blur=.819880,
@@ -54,7 +54,8 @@ PARAMETERS = {
     "brightness": {224: (.1, .2, .3, .4, .5), 64: (.1, .2, .3, .4, .5),
                    32: (.05, .1, .15, .2, .3)},
     "contrast": {224: (.4, .3, .2, .1, .05), 64: (.4, .3, .2, .1, .05), 32: (.75, .5, .4, .3, .15)},
-    "pixelate": {224: (.6, .5, .4, .3, .25), 64: (.9, .8, .7, .6, .5), 32: (.95, .9, .85, .75, .65)},
+    "pixelate": {224: (.6, .5, .4, .3, .25), 64: (.9, .8, .7, .6, .5),
+                 32: (.95, .9, .85, .75, .65)},
     "jpeg_compression": {224: (25, 18, 15, 10, 7), 64: (65, 58, 50, 40, 25),
                          32: (80, 65, 58, 50, 40)},
     "speckle_noise": {224: (.15, .2, .35, .45, .6), 64: (.15, .2, .25, .3, .35),
@@ -67,31 +68,27 @@ PARAMETERS = {
 DEMO = "speckle_noise gaussian_blur saturate impulse_noise defocus_blur jpeg_compression".split()
 
 
-def separable(x, kernel, mode):
-    """x (B, 3, H, W) filtered by a symmetric 1-D kernel along both axes, each channel alone."""
-    pad = len(kernel) // 2
-    x = F.pad(x, (pad,) * 4, mode=mode)
-    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
-        x = F.conv2d(x, kernel.view(shape).to(x).expand(3, -1, -1, -1), groups=3)
-    return x
+def filtered(x, kernel, mode):
+    """x (B, 3, H, W) under a kernel (h, w), each channel alone; `mode` names the border."""
+    h, w = kernel.shape
+    x = F.pad(x, (w // 2, w // 2, h // 2, h // 2), mode=mode)
+    return F.conv2d(x, kernel.to(x).expand(3, 1, h, w), groups=3)
 
 
 def gaussian_kernel(sigma, radius):
-    """Normalised 1-D Gaussian of 2 * radius + 1 taps."""
-    kernel = torch.exp(-torch.arange(-radius, radius + 1.0)**2 / (2 * sigma**2))
+    """Normalised Gaussian of 2 * radius + 1 taps, (1, taps)."""
+    kernel = torch.exp(-torch.arange(-radius, radius + 1.0)**2 / (2 * sigma**2))[None]
     return kernel / kernel.sum()
 
 
-def defocus(x, radius, alias):
-    """A disk smoothed by a Gaussian, reflected borders."""
+def disk_kernel(radius, alias):
+    """A disk smoothed by a Gaussian of sigma `alias`."""
     grid = torch.arange(-max(8, radius), max(8, radius) + 1.0)
     disk = (grid[:, None]**2 + grid**2 <= radius**2).float()
-    disk = (disk / disk.sum())[None, None]
     blur = gaussian_kernel(alias, 1 if radius <= 8 else 2)
-    pad = len(blur) // 2
-    disk = F.conv2d(F.pad(disk, (pad,) * 4, mode="reflect"), torch.outer(blur, blur)[None, None])
-    pad = disk.shape[-1] // 2
-    return F.conv2d(F.pad(x, (pad,) * 4, mode="reflect"), disk.to(x).expand(3, -1, -1, -1), groups=3)
+    pad = blur.shape[1] // 2
+    disk = F.pad((disk / disk.sum())[None, None], (pad,) * 4, mode="reflect")
+    return F.conv2d(disk, (blur.T @ blur)[None, None])[0, 0]
 
 
 def saturation(x, factor, shift):
@@ -106,24 +103,24 @@ def saturation(x, factor, shift):
 
 
 def box(x, scale):
-    """Down to int(n * scale) and up again with Pillow's BOX filter."""
-    size = [int(n * scale) for n in x.shape[-2:]]
-    from PIL import Image
-    done = [np.asarray(Image.fromarray(image).resize(size[::-1], Image.BOX).resize(
-        image.shape[1::-1], Image.BOX)) for image in (x * 255).byte().permute(0, 2, 3, 1).cpu().numpy()]
+    """Down to int(n * scale) and up again with Pillow's BOX filter, through 8 bits."""
+    done = []
+    for image in (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        h, w = image.shape[:2]
+        small = Image.fromarray(image).resize((int(w * scale), int(h * scale)), Image.BOX)
+        done.append(np.asarray(small.resize((w, h), Image.BOX)))
     return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).to(x.device) / 255
 
 
 def jpeg(x, quality):
     """Encode and decode, with torchvision's CPU codec."""
-    from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
-    images = encode_jpeg(list((x * 255).byte().cpu()), quality)
+    images = encode_jpeg(list((x * 255).round().byte().cpu()), quality)
     return torch.stack(decode_jpeg(images, ImageReadMode.RGB)).to(x.device) / 255
 
 
 def corrupt(images, name, severity, indices, seed=0):
-    """Corrupt images uint8 (B, 3, n, n) -> likewise; each by its own generator of (seed, index,
-    corruption, severity), so that no result depends on the batch. `indices` number the images."""
+    """images uint8 (B, 3, n, n) -> likewise; each by its own generator of (seed, index, corruption,
+    severity), so that a result does not depend on its batch. `indices` number the images."""
     size = min((224, 64, 32), key=lambda n: abs(n - images.shape[-1]))
     c, x = PARAMETERS[name][size][severity - 1], images.float() / 255
 
@@ -132,7 +129,7 @@ def corrupt(images, name, severity, indices, seed=0):
         key = list(PARAMETERS).index(name)
         seeds = [np.random.SeedSequence((seed, int(i), key, severity)).generate_state(1)[0]
                  for i in indices]
-        return torch.stack([draw(torch.Generator().manual_seed(int(s))) for s in seeds]).to(x.device)
+        return torch.stack([draw(torch.Generator().manual_seed(int(s))) for s in seeds]).to(x)
 
     normal = lambda: drawn(lambda g: torch.randn(x.shape[1:], generator=g))
     if name == "gaussian_noise":
@@ -146,9 +143,10 @@ def corrupt(images, name, severity, indices, seed=0):
     elif name == "speckle_noise":
         x = x + x * c * normal()
     elif name == "gaussian_blur":
-        x = separable(x, gaussian_kernel(c, int(4 * c + 0.5)), "replicate")
+        kernel = gaussian_kernel(c, int(4 * c + 0.5))
+        x = filtered(filtered(x, kernel, "replicate"), kernel.T, "replicate")
     elif name == "defocus_blur":
-        x = defocus(x, *c)
+        x = filtered(x, disk_kernel(*c), "reflect")
     elif name == "brightness":
         v = x.amax(1, keepdim=True)
         x = torch.where(v > 0, x / v.clamp_min(1e-8), 1) * (v + c).clamp_max(1)
@@ -161,7 +159,7 @@ def corrupt(images, name, severity, indices, seed=0):
         x = box(x, c)
     else:
         x = jpeg(x, c)
-    # What is exact in 8 bits must survive float32: 1e-4 of a level before the original's truncation.
+    # The original truncates to 8 bits; 1e-4 of a level keeps what is exact there exact in float32.
     return (x.clamp(0, 1) * 255 + 1e-4).byte()
 
 
@@ -186,16 +184,17 @@ def shifts(folder, corruptions, severities):
     folder, name = (inner or [folder])[0], folder.name
     published = sorted(d for d in folder.glob("*/[1-5]") if any(d.glob("*/*")))
     if published:
-        return [Shift(f"{name}/{d.parent.name}/{d.name}", *image_folder(d), d.parent.name, int(d.name))
-                for d in published]
+        return [Shift(f"{name}/{d.parent.name}/{d.name}", *image_folder(d), d.parent.name,
+                      int(d.name)) for d in published]
     samples, classes = image_folder(folder)
     return [Shift(name, samples, classes)] + [
-        Shift(f"{name}/{c}/{s}", samples, classes, c, s, True) for c in corruptions for s in severities]
+        Shift(f"{name}/{c}/{s}", samples, classes, c, s, True)
+        for c in corruptions for s in severities]
 
 
 def columns(classes, model):
     """(output index of each class folder, number of outputs): numeric folders are the index itself,
-    others are looked up among the model's class names, ImageNet's where it has 1000 unnamed ones."""
+    others are looked up among the model's class names (ImageNet's if 1000 are unnamed)."""
     outputs = model.outputs
     names = model.class_names
     if names is None and outputs == 1000:
@@ -244,18 +243,14 @@ def measure(models, group, config):
         views.centre = torch.nn.Identity()  # published images are cropped already
     rows = [{} for _ in group]
     done = 0
-    for pixels, labels, _, unreadable in tqdm(loader(views, config), group[0].name, mininterval=2):
-        if (unreadable >= 0).any():
-            raise Refusal(f"{views.samples[int(unreadable.max())][0]}: cannot be read; mend or "
-                          "remove it, since skipping it in silence would change the score")
-        pixels, labels = pixels.to(config.device), labels.to(config.device)
+    for pixels, labels in measured(views, config, group[0].name):
         indices = range(done, done + len(labels))
         done += len(labels)
         for shift, row in zip(group, rows):
-            images = corrupt(pixels, shift.corruption, shift.severity, indices, config.seed) \
-                if shift.made and shift.corruption else pixels
+            images = corrupt((pixels * 255).round().byte(), shift.corruption, shift.severity,
+                             indices, config.seed) / 255 if shift.made else pixels
             for model in models:
-                for key, right in judge(model, images / 255, labels, shift.classes).items():
+                for key, right in judge(model, images, labels, shift.classes).items():
                     row.setdefault((model.name, key), []).append(right.cpu())
     return [{key: torch.cat(parts).numpy() for key, parts in row.items()} for row in rows]
 
@@ -280,17 +275,18 @@ def judge(model, pixels, labels, classes):
 
 def table(header, rows):
     """Aligned Markdown: numbers in percent with one decimal."""
-    cells = [header] + [[c if isinstance(c, str) else f"{100 * c:.1f}" for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w)
-                               for i, (c, w) in enumerate(zip(row, widths))) + " |" for row in cells]
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":"
-                          for i, w in enumerate(widths)) + "|"
+    cells = [[c if isinstance(c, str) else f"{100 * c:.1f}" for c in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    line = lambda row: "| " + " | ".join(
+        c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
+    lines = [line(row) for row in cells]
+    rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths))
+    rule = f"|{rule}|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def summary(group, rows, keys):
-    """[[name, accuracy of each key ...]]: clean, each corruption over its severities, their mean."""
+    """[[name, accuracy of each key ...]]: clean, corruptions (means over severities), their mean."""
     mean = lambda chosen: [np.mean([row[key].mean() for row in chosen]) for key in keys]
     lines = [[s.name, *mean([row])] for s, row in zip(group, rows) if not s.corruption]
     lines += [[f"{s.name}, of all", *([row[m, f"{k} of all"].mean() for m, k in keys])]
@@ -354,7 +350,9 @@ def main(arguments=None):
 
 def run(arguments):
     """Parse, measure, print; raises Refusal."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     parser.add_argument("--data", nargs="+", default=["demo/val"], help="folders of test images")
     parser.add_argument("--model", nargs="+", default=["robust.pt"],
                         help="plug-ins, networks of --make-teacher, or names")

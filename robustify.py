@@ -66,7 +66,7 @@ class Config:
     out: str = ""  # file to write; default robust.pt, or teacher.pt with --make-teacher
     pretrained: str = ""  # TAG, FILE or none; default: openai for open_clip, else the library's own
     image_size: int = 0  # input size in pixels; 0: the network's own
-    model_args: str = "{}"  # JSON, keyword arguments for the network's constructor
+    model_args: dict = None  # JSON, keyword arguments for the network's constructor
     fraction: float = 0.20  # Table 5: tuned share of the image tower, counted with one head
     head_blocks: int = 1  # Sec. 4.1: last blocks that belong to each head (number ours)
     zero_shot: bool = False  # Sec. 4.4: the text embeddings stay the classifier
@@ -334,8 +334,8 @@ class Views(Dataset):
     """Views of images, each a function of (seed, epoch, index) alone: any workers, ranks, resumes.
 
     An item is (pixels uint8, label, is_clean, unreadable). `kind` tells the pixels: "coin", D^a as
-    the student sees it, (3, H, W) clean or augmented by a fair coin; "triple", (3, 3, H, W), a clean
-    view and two augmented ones; "centre", (3, H, W), nothing random, for measuring. Samples from
+    the student sees it, (3, H, W) clean or augmented by a fair coin; "triple", (3, 3, H, W), one
+    clean view and two augmented; "centre", (3, H, W), nothing random, for measuring. Samples from
     `own` on are augmented already (--extra-data), never clean. The next readable image replaces an
     unreadable one, whose index is `unreadable`, else -1.
     """
@@ -382,19 +382,26 @@ class Views(Dataset):
                 view = self.augmented(view)
         return view, label, is_clean, unreadable
 
-    def refuse(self, unreadable):
-        """Where skipping an unreadable image would change a score: raises Refusal with its name."""
-        if (unreadable >= 0).any():
-            raise Refusal(f"{self.samples[int(unreadable.max())][0]}: cannot be read; mend or "
-                          "remove it, since skipping it in silence would change the score")
-
 def loader(views, config, epoch=None):
     """Batches of this process: shuffled by (seed, epoch), or all in order where epoch is None."""
     order, batch = np.arange(len(views)), max(1, config.batch_size // PROCESSES)
     if epoch is not None:
         views.epoch, whole = epoch, max(1, len(order) // (batch * PROCESSES)) * batch
-        order = np.random.default_rng((config.seed, epoch)).permutation(order)[RANK::PROCESSES][:whole]
+        order = np.random.default_rng((config.seed, epoch)).permutation(order)
+        order = order[RANK::PROCESSES][:whole]
     return DataLoader(views, batch, sampler=order.tolist(), num_workers=config.workers)
+
+def measured(views, config, title=None):
+    """(pixels in [0, 1], labels) of every image in order, on the device; a `title` shows progress.
+
+    Raises Refusal at an unreadable image, since skipping it in silence would change the score.
+    """
+    batches = loader(views, config)
+    for pixels, labels, _, unreadable in tqdm(batches, title, disable=not title, mininterval=2):
+        if (unreadable >= 0).any():
+            raise Refusal(f"{views.samples[int(unreadable.max())][0]}: cannot be read; mend it or "
+                          "remove it")
+        yield pixels.to(config.device) / 255, labels.to(config.device)
 
 # --- Networks: loading, splitting, saving ---------------------------------------------------------
 
@@ -530,7 +537,8 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
     torch.manual_seed(seed)
     try:
         whole, net, *others = (build_unimodal if unimodal else build_clip)(
-            name, None if file or pretrained == "none" else pretrained, image_size, model_args or {})
+            name, None if file or pretrained == "none" else pretrained, image_size,
+            model_args or {})
         if image_size and image_size <= 64 and hasattr(net, "maxpool"):
             first, *rest = layers(net.conv1)  # a strided 7x7 stem is wrong here: 3x3, no pooling
             small = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=False)
@@ -669,10 +677,9 @@ def teacher_loss(network, jsd, pixels, labels):
 def accuracy(model, views, config):
     """{predictor: share of right answers, 0 to 1} of a Network or RobustStudent."""
     right = {}
-    for pixels, labels, _, unreadable in loader(views, config):
-        views.refuse(unreadable)
-        for name, p in model.eval().predict(pixels.to(config.device) / 255, True).everyone.items():
-            right[name] = right.get(name, 0) + int((p.argmax(-1).cpu() == labels).sum())
+    for pixels, labels in measured(views, config):
+        for name, p in model.eval().predict(pixels, with_original=True).everyone.items():
+            right[name] = right.get(name, 0) + int((p.argmax(-1) == labels).sum())
     return {name: n / len(views) for name, n in right.items()}
 
 def fit(loss_of, model, views, validation, config, write):
@@ -724,11 +731,11 @@ def fit(loss_of, model, views, validation, config, write):
 def same_classes(names, others, what):
     """Raises Refusal where `others`, the classes of `what`, are not `names`; None is unknown."""
     if others is not None and list(others) != list(names):
-        raise Refusal(f"{what} has {len(others)} classes ({', '.join(others[:3])} ...), the training"
-                      f" data {len(names)} ({', '.join(names[:3])} ...); they must be the same")
+        raise Refusal(f"{what} has {len(others)} classes ({', '.join(others[:3])} ...), but --data "
+                      f"has {len(names)} ({', '.join(names[:3])} ...); they must be the same")
 
-def prepare(name, kind, config):
-    """(Network with a classifier, Views, validation Views or None) for --data and --extra-data."""
+def prepare(name, kind, config, teacher=None):
+    """(Network, teacher or None, Views, validation Views or None) for --data and --extra-data."""
     parts = [Path(config.data, part) for part in ("train", "val", "test")]
     train, *held_out = [part for part in parts if part.is_dir()] or [config.data]
     samples, names = image_folder(train)
@@ -736,9 +743,11 @@ def prepare(name, kind, config):
         keep = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
         samples = [samples[i] for i in sorted(keep)]
     others = [(folder, *image_folder(folder)) for folder in (*held_out[:1], *config.extra_data)]
-    network = load_network(name, config.pretrained, config.image_size,
-                           json.loads(config.model_args), config.seed)
-    for what, _, classes in (*others, (name, None, network.class_names)):
+    teacher = teacher and load_network(teacher).to(config.device).eval()
+    network = load_network(name, config.pretrained, config.image_size, config.model_args,
+                           config.seed)
+    for what, _, classes in (*others, (name, None, network.class_names),
+                             (config.teacher, None, teacher and teacher.class_names)):
         same_classes(names, classes, what)
     network.class_names = names
     give_classifier(network, samples, config)
@@ -751,7 +760,7 @@ def prepare(name, kind, config):
               f"training  {config.epochs} epochs, {config.epochs * len(loader(views, config, 0))} "
               f"steps of {config.batch_size} images ({config.augment}), {config.optimizer}, lr "
               f"{config.lr:g}, on {config.device}; writes {config.out}", flush=True)
-    return network, views, validation
+    return network, teacher, views, validation
 
 def give_classifier(network, samples, config):
     """Where the network has no classifier for its class names: text embeddings, or a new layer; in
@@ -772,9 +781,8 @@ def give_classifier(network, samples, config):
     network.eval().to(config.device)
     views = Views(samples, network.size, "centre", config)
     with torch.no_grad():
-        pairs = [(network.features(pixels.to(config.device) / 255), labels.to(config.device))
-                 for pixels, labels, *_ in tqdm(loader(views, config), "linear probe")]
-    features, labels = (torch.cat(column) for column in zip(*pairs))
+        features, labels = (torch.cat(column) for column in zip(*(
+            (network.features(x), y) for x, y in measured(views, config, "linear probe"))))
     optimizer = torch.optim.AdamW(network.classifier.parameters(), 1e-3)
     for _ in range(20):
         for rows in torch.randperm(len(labels)).split(256):
@@ -785,7 +793,7 @@ def give_classifier(network, samples, config):
 def make_teacher(config):
     """Sec. 4.2: train a small network whole on D^a, or plainly with --augment none; write it."""
     kind = "triple" if config.jsd and config.augment != "none" else "coin"
-    network, views, validation = prepare(config.make_teacher, kind, config)
+    network, _, views, validation = prepare(config.make_teacher, kind, config)
     fit(lambda pixels, labels, _: teacher_loss(network, config.jsd, pixels, labels), network, views,
         validation, config, lambda: write_tensors(
             {"format": "robustify network", "source": network.source, "state": network.state_dict(),
@@ -796,10 +804,8 @@ def tune_student(config):
     heads, distil = RECIPES[config.recipe]
     if distil and not config.teacher:
         raise Refusal(f"--recipe {config.recipe} needs --teacher FILE.pt; see --make-teacher")
-    teacher = load_network(config.teacher).to(config.device).eval() if distil else None
-    network, views, validation = prepare(config.student, "coin", config)
-    if teacher:
-        same_classes(network.class_names, teacher.class_names, config.teacher)
+    network, teacher, views, validation = prepare(config.student, "coin", config,
+                                                  distil and config.teacher)
     k, n = at = split(network, config.fraction, config.head_blocks)
     shared, head = (count(*parts) / count(network) for parts in (
         network.blocks[k:n], (network.blocks[n:], network.pool, network.classifier)))
@@ -838,10 +844,11 @@ def demo(folder="demo"):
         Image.fromarray(draw(i % 8, rng)).save(path)
     config = Config(data=folder, pretrained="none", image_size=32, severity=4, batch_size=64,
                     lr=3e-3, epochs=6, workers=2)
-    for name, augment, channels in (("student", "none", (16, 32, 64, 96)),
-                                    ("teacher", config.augment, (8, 16, 32, 48))):
-        args = {"layers": [1, 1, 1, 1], "channels": channels, "stem_type": "deep", "stem_width": 8}
-        make_teacher(replace(config, make_teacher="resnet18", model_args=json.dumps(args),
+    for name, augment, depths, widths in (
+            ("student", "none", (1, 1, 2, 6), (16, 32, 32, 32)),
+            ("teacher", config.augment, (1, 1, 1, 1), (8, 16, 32, 48))):
+        args = {"layers": depths, "channels": widths, "stem_type": "deep", "stem_width": 8}
+        make_teacher(replace(config, make_teacher="resnet18", model_args=args,
                              augment=augment, out=f"{folder}/{name}.pt"))
     for recipe in ("ours", "apt"):
         tune_student(replace(config, student=f"{folder}/student.pt", teacher=f"{folder}/teacher.pt",
@@ -850,42 +857,42 @@ def demo(folder="demo"):
 
 # --- main -----------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like ours."""
-
-    def error(self, message):
-        raise Refusal(message)
-
 def parse(arguments):
     """Config from the command line; its comments are the help. Raises Refusal."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     comments = dict(re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)))
     choices = {"recipe": RECIPES, "rule": ("kl-u", "u", "kl", "confidence"),
                "mc": ("head", "tuned"), "optimizer": ("adamw", "sgd"),
                "augment": ("augmix", "augmix+deepaugment", "none"), "device": ("cuda", "cpu")}
     for f in fields(Config):
-        how = {bool: {"action": "store_true"}, tuple: {"nargs": "*"}}.get(
-            f.type, {"type": f.type, "choices": choices.get(f.name)})
+        how = {bool: {"action": "store_true"}, tuple: {"nargs": "*"}, dict: {"type": json.loads}}
+        how = how.get(f.type, {"type": f.type, "choices": choices.get(f.name)})
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default,
                             help=comments[f.name], **how)
     return Config(**vars(parser.parse_args(arguments)))
 
+def refuse(message):
+    """Raises Refusal: what argparse shall do with an error."""
+    raise Refusal(message)
+
 def main(arguments=None):
-    """The command line; returns the exit code."""
+    """The command line; returns the exit code, 2 after one line on stderr where it refuses."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(arguments)
         config.out = config.out or ("teacher.pt" if config.make_teacher else "robust.pt")
+        if not Path(config.out).parent.is_dir():
+            raise Refusal(f"--out {config.out}: make its folder first")
         if PROCESSES > 1:
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if not arguments:
             demo()
-        elif config.make_teacher:
-            make_teacher(config)
-        elif config.student:
-            tune_student(config)
+        elif config.make_teacher or config.student:
+            (make_teacher if config.make_teacher else tune_student)(config)
         else:
             raise Refusal("give --student or --make-teacher, or no argument at all for the demo")
     except (Refusal, OSError) as error:
