@@ -193,10 +193,9 @@ def shifts(folder, corruptions, severities):
 
 
 def columns(classes, model):
-    """(output index of each class folder, number of outputs): numeric folders are the index itself,
-    others are looked up among the model's class names (ImageNet's if 1000 are unnamed)."""
-    outputs = model.outputs
-    names = model.class_names
+    """Output index of each class folder: numeric folders are the index itself, others are looked up
+    among the model's class names (ImageNet's if 1000 are unnamed). Raises Refusal."""
+    outputs, names = model.outputs, model.class_names
     if names is None and outputs == 1000:
         names = timm.data.ImageNetInfo("imagenet-1k").label_names()
     if all(c.isdigit() for c in classes) and not (names and set(classes) <= set(names)):
@@ -223,7 +222,7 @@ def load_model(name, config, classes):
         model = load_network(name, config.pretrained)
         if model.classifier is None:
             raise Refusal(f"--model {name}: has no classifier; tune it with robustify.py first")
-    model.name, model.heads_of = Path(name).stem, getattr(model, "heads", {})
+    model.name, model.heads_of = Path(name).name.removesuffix(".pt"), getattr(model, "heads", {})
     model.to(config.device, memory_format=torch.channels_last).eval()
     with torch.no_grad():
         model.outputs = model.predict(torch.zeros(1, 3, model.size, model.size,
@@ -275,7 +274,8 @@ def judge(model, pixels, labels, classes):
 
 def table(header, rows):
     """Aligned Markdown: numbers in percent with one decimal."""
-    cells = [[c if isinstance(c, str) else f"{100 * c:.1f}" for c in row] for row in (header, *rows)]
+    cells = [[c if isinstance(c, str) else f"{100 * c:.1f}" for c in row]
+             for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     line = lambda row: "| " + " | ".join(
         c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
@@ -285,8 +285,9 @@ def table(header, rows):
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def summary(group, rows, keys):
-    """[[name, accuracy of each key ...]]: clean, corruptions (means over severities), their mean."""
+def summary(group, rows, keys, clean=None):
+    """[[name, accuracy of each key ...]]: clean, each corruption over severities, their mean; mCE
+    where all fifteen are there, relative mCE where also `clean`, the row of the clean set, is."""
     mean = lambda chosen: [np.mean([row[key].mean() for row in chosen]) for key in keys]
     lines = [[s.name, *mean([row])] for s, row in zip(group, rows) if not s.corruption]
     lines += [[f"{s.name}, of all", *([row[m, f"{k} of all"].mean() for m, k in keys])]
@@ -297,14 +298,17 @@ def summary(group, rows, keys):
             by_name.setdefault(shift.corruption, []).append(row)
     lines += [[name, *mean(chosen)] for name, chosen in by_name.items()]
     if by_name:
-        lines.append(["mean of corruptions", *np.mean([mean(c) for c in by_name.values()], axis=0)])
+        average = np.mean([mean(c) for c in by_name.values()], axis=0)
+        lines.append(["mean of corruptions", *average])
+        if "clean share" not in [key for _, key in keys]:
+            lines.append(["mean error", *(1 - average)])
     if set(ALEXNET) <= set(by_name):
         error = {c: 1 - np.array(mean(by_name[c])) for c in ALEXNET}
         lines.append(["mCE", *np.mean([error[c] / ALEXNET[c] for c in ALEXNET], axis=0)])
-        if not group[0].corruption:
-            clean = 1 - np.array(mean([rows[0]]))
+        if clean:
+            base = 1 - np.array(mean([clean]))
             lines.append(["relative mCE", *np.mean(
-                [(error[c] - clean) / (ALEXNET[c] - ALEXNET_CLEAN) for c in ALEXNET], axis=0)])
+                [(error[c] - base) / (ALEXNET[c] - ALEXNET_CLEAN) for c in ALEXNET], axis=0)])
     return lines
 
 
@@ -317,14 +321,14 @@ def paired(group, rows, one, other):
     return by_image.mean(), by_image.std(ddof=1) / math.sqrt(len(by_image))
 
 
-def report(models, group, rows):
-    """Print the tables of one data folder."""
+def report(models, group, rows, clean):
+    """Print the tables of one data folder; `clean` is the row of the clean set of its classes."""
     full = [m for m in models if len(m.heads_of) > 1]
     tuned = [m for m in models if m.heads_of]
     final = {m.name: (m.name, "selected" if m.heads_of else "model") for m in models}
     keys = ([(tuned[0].name, "original")] if tuned else []) + list(final.values())
     header = [f"accuracy, {len(group[0].samples)} images"] + (["original"] if tuned else [])
-    print("\n" + table(header + [m.name for m in models], summary(group, rows, keys)))
+    print("\n" + table(header + [m.name for m in models], summary(group, rows, keys, clean)))
     for m in full:
         names = ["original", *HEADS, "selected", "oracle", "clean share"]
         print(f"\n{m.name}: its heads, rule {m.config.rule}, K = {m.config.passes}")
@@ -379,8 +383,10 @@ def run(arguments):
         raise Refusal("--severity: from 1 to 5")
     config = replace(defaults, batch_size=args.batch_size, workers=args.workers, seed=args.seed,
                      device=args.device, pretrained=args.pretrained)
+    if len({Path(name).name for name in args.model}) < len(args.model):
+        raise Refusal("--model: two files have the same name; the tables could not tell them apart")
     folders = [shifts(folder, corruptions, args.severity) for folder in args.data]
-    written = []
+    written, clean = [], {}
     for group in folders:
         models = [load_model(name, config, group[0].classes) for name in args.model]
         made = ", corrupted here in memory" if group[-1].made else ""
@@ -389,7 +395,9 @@ def run(arguments):
         same = all(s.made or not s.corruption for s in group)
         rows = measure(models, group, config) if same else \
             [measure(models, [shift], config)[0] for shift in group]
-        report(models, group, rows)
+        if not group[0].corruption:
+            clean.setdefault(tuple(group[0].classes), rows[0])
+        report(models, group, rows, clean.get(tuple(group[0].classes)))
         written += [{"name": s.name, "n": len(s.samples), "corrupted_here": s.made, "models": {
             m.name: {k: float(right.mean()) for (name, k), right in row.items() if name == m.name}
             for m in models}} for s, row in zip(group, rows)]
