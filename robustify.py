@@ -6,6 +6,7 @@ student teaches the clean and the combined head; on augmented examples a small r
 teaches the unclean and the combined head. At test time MC dropout gives each head a predictive
 distribution, and uncertainty times KL divergence to the combined head chooses clean or unclean.
 
+    python robustify.py                                              # the demo, into demo/
     python robustify.py --make-teacher vit_b_16 --data imagenet/ --out vit_b16.pt
     python robustify.py --student ViT-L-14 --teacher vit_b16.pt      # writes robust.pt
 
@@ -109,7 +110,7 @@ class BranchDropout(nn.Module):
 
 class CosineClassifier(nn.Module):
     """scale * normalize(f) . normalize(W), (..., D) -> (..., C): Sec. 4.4's dot product. W (C, D)
-    starts as text embeddings; it is a parameter where `trained` (VE), else a buffer (ZS)."""
+    starts as text embeddings: a parameter in visual evaluation, a buffer in zero-shot mode."""
 
     def __init__(self, weight, scale, trained):
         super().__init__()
@@ -158,7 +159,7 @@ class RobustStudent(nn.Module):
         self.shared = nn.Sequential(*(BranchDropout(block, self.config.block_dropout)
                                       for block in layers(copy.deepcopy(shared))))
         self.heads = nn.ModuleDict({name: Head(head, self.config)
-                                    for name in RECIPES[self.config.recipe].heads})
+                                    for name in RECIPES[self.config.recipe]})
         self.shared.requires_grad_(True)
         self.heads.requires_grad_(True)
         # Drawn once and shared by all images, so that a prediction depends on its image alone.
@@ -173,9 +174,9 @@ class RobustStudent(nn.Module):
         super().train(mode)
         self.backbone.eval()
         self.original.eval()
-        for module in [] if self.config.tune_batch_norm else self.modules():
+        for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+                module.train(module.training and self.config.tune_batch_norm)
         return self
 
     @torch.no_grad()
@@ -201,11 +202,11 @@ class RobustStudent(nn.Module):
 
     def mc_dropout_tuned(self, z):
         """Ablation: K passes with dropout alive in all tuned blocks, {head: (phi, U)}."""
-        dropouts = [m for m in self.modules() if isinstance(m, nn.Dropout)]
         with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
             torch.manual_seed(self.config.seed)
-            for dropout in dropouts:
-                dropout.train()
+            for module in self.modules():
+                if isinstance(module, nn.Dropout):
+                    module.train()
             passes = [[head(h) for head in self.heads.values()]
                       for h in (self.shared(z) for _ in self.masks)]
         self.eval()
@@ -264,29 +265,23 @@ def select_head(phi, uncertainty, rule="kl-u"):
     phi {head: (B, C)}, uncertainty {head: (B,)} -> (B,) index into HEADS. The other rules are the
     ablation of Sec. 5.3: either factor alone, or the largest probability.
     """
-    score = {"kl-u": lambda k: uncertainty[k] * kl_divergence(phi["combined"], phi[k]),
-             "u": lambda k: uncertainty[k],
-             "kl": lambda k: kl_divergence(phi["combined"], phi[k]),
+    kl = lambda k: kl_divergence(phi["combined"], phi[k])
+    score = {"kl-u": lambda k: uncertainty[k] * kl(k), "u": uncertainty.get, "kl": kl,
              "confidence": lambda k: -phi[k].amax(-1)}[rule]
     clean = score("clean") <= score("unclean")
     return torch.where(clean, HEADS.index("clean"), HEADS.index("unclean"))
 
 # --- Recipes: ours, and the paper's baselines (Sec. 5) --------------------------------------------
 
-class Recipe(NamedTuple):
-    """Which heads are tuned, and whether the two teachers speak (else: labels alone)."""
-    heads: tuple
-    distil: bool
-
-RECIPES = {"ours": Recipe(HEADS, True),
-           "apt": Recipe(("combined",), False)}  # augmentation based partial fine-tuning
+RECIPES = {"ours": HEADS,         # the heads that are tuned; three learn from both teachers
+           "apt": ("combined",)}  # augmentation based partial fine-tuning: from labels alone
 
 def student_loss(student, teacher, pixels, labels, is_clean):
     """Fig. 4 in training: pixels (B, 3, H, W), labels and is_clean (B,) -> Eq. 5, a scalar."""
     config, targets = student.config, None
     with torch.no_grad():
         z = student.backbone(pixels)                                        # M_b, once for both
-        if RECIPES[config.recipe].distil:
+        if teacher is not None:
             targets = torch.empty(len(labels), student.classes, device=z.device)
             if is_clean.any():
                 targets[is_clean] = student.original(z[is_clean]).float()   # M, on clean examples
@@ -301,12 +296,12 @@ def student_loss(student, teacher, pixels, labels, is_clean):
 
 # --- Data: D^a, clean and augmented views (Secs. 4.2, 4.3) ----------------------------------------
 
-def image_folder(folder, flag="--data"):
+def image_folder(folder):
     """([(path, label)], class names) of a folder of class folders; raises Refusal, naming it."""
     try:
         found = torchvision.datasets.ImageFolder(folder)
     except OSError as error:
-        raise Refusal(f"{flag} {folder}: {str(error).split(' Supported')[0]} Expected CLASS/IMAGE "
+        raise Refusal(f"{folder}: {str(error).split(' Supported')[0]} Expected CLASS/IMAGE "
                       "files, or train/ and val/ that hold them.") from error
     return found.samples, found.classes
 
@@ -331,7 +326,7 @@ def noise2net(image):
     return (y[0] * std + mean).clamp(0, 1)
 
 class Views(Dataset):
-    """Views of images, each a function of (seed, epoch, index) alone: any workers, ranks, resumes.
+    """Views of images, each a function of (seed, epoch, index) alone, whatever workers and ranks.
 
     An item is (pixels uint8, label, is_clean, unreadable). `kind` tells the pixels: "coin", D^a as
     the student sees it, (3, H, W) clean or augmented by a fair coin; "triple", (3, 3, H, W), one
@@ -374,7 +369,7 @@ class Views(Dataset):
         state = np.random.SeedSequence((self.config.seed, self.epoch, index)).generate_state(1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(state[0]))
-            is_clean = bool(torch.rand(()) < 0.5) and index < self.own      # beta
+            is_clean = bool(torch.rand(()) < 0.5) and index < self.own      # beta of Eq. 5
             view = self.centre(image) if self.kind == "centre" else self.crop(image)
             if self.kind == "triple":
                 view = torch.stack([view, self.augmented(view), self.augmented(view)])
@@ -465,8 +460,8 @@ def sections(net):
 class Network(nn.Module):
     """A whole network M as stem, blocks, pool, classifier: pixels (B, 3, H, W) -> logits (B, C).
 
-    size: input size in pixels; source: load_network's arguments; text_embeddings: class names ->
-    ((C, D), scale) for CLIP, else None; class_names: None where unknown.
+    size: input size in pixels; source: arguments that rebuild its architecture; text_embeddings:
+    class names -> ((C, D), scale) for CLIP, else None; class_names: None where unknown.
     """
 
     def __init__(self, net, size, mean, std, text_embeddings, source):
@@ -511,7 +506,7 @@ def assemble(network, at, config):
     student = RobustStudent(nn.Sequential(network.stem, *blocks[:k]), nn.Sequential(*blocks[k:n]),
                             nn.Sequential(*blocks[n:], network.pool, network.classifier), config)
     student.size, student.class_names = network.size, network.class_names
-    student.origin = {"source": network.source, "split": at, "class_names": network.class_names,
+    student.origin = {"split": at, "class_names": network.class_names,
                       "classifier": network.classifier.state_dict()}
     return student
 
@@ -525,21 +520,19 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
         network = load_network(**saved["source"])
         network.classifier = classifier_from(saved["state"], "classifier.")
         network.load_state_dict(saved["state"])
-        network.class_names, network.source = saved["class_names"], {"name": name}
+        network.class_names = saved["class_names"]
         return network
-    source = dict(name=name, pretrained=pretrained, image_size=image_size, model_args=model_args,
-                  seed=seed)
     name, _, file = name.partition(":")
     file = pretrained if Path(pretrained).is_file() else file
+    tag = None if file or pretrained == "none" else pretrained  # "" is the default
     unimodal = timm.is_model(name) or name in torchvision.models.list_models()
     if not unimodal and name not in open_clip.list_models():  # it has a convnext_tiny as timm has
         raise Refusal(f"{name}: not an open_clip, timm or torchvision name, nor a .pt file")
     torch.manual_seed(seed)
     try:
         whole, net, *others = (build_unimodal if unimodal else build_clip)(
-            name, None if file or pretrained == "none" else pretrained, image_size,
-            model_args or {})
-        if image_size and image_size <= 64 and hasattr(net, "maxpool"):
+            name, tag, image_size, model_args or {})
+        if tag is None and 0 < image_size <= 64 and hasattr(net, "maxpool"):
             first, *rest = layers(net.conv1)  # a strided 7x7 stem is wrong here: 3x3, no pooling
             small = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=False)
             net.conv1, net.maxpool = nn.Sequential(small, *rest) if rest else small, nn.Identity()
@@ -547,8 +540,11 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
             state = read_tensors(file)
             state = state.get("state_dict", state.get("model", state))
             whole.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-    except (RuntimeError, TypeError) as error:  # an unknown tag or argument; weights do not fit
-        raise Refusal(f"{source['name']}: {str(error)[:300]}") from error
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:  # unknown tag, unfit weights
+        raise Refusal(f"{name}: {str(error)[:300]}") from error
+    # What rebuilds the architecture; CLIP's tag also tells the activation.
+    source = dict(name=name, pretrained="none" if unimodal else pretrained, image_size=image_size,
+                  model_args=model_args, seed=seed)
     return Network(net, *others, source)
 
 def build_clip(name, tag, image_size, args):
@@ -575,7 +571,7 @@ def build_clip(name, tag, image_size, args):
 
 def build_unimodal(name, tag, image_size, args):
     """As build_clip, for a timm or torchvision name; with the weights' own size, mean and std."""
-    if image_size and "vit" in name:
+    if image_size and ("vit" in name or "deit" in name):
         args = {"img_size" if timm.is_model(name) else "image_size": image_size, **args}
     if not timm.is_model(name):
         net = torchvision.models.get_model(name, weights="DEFAULT" if tag == "" else tag, **args)
@@ -643,23 +639,27 @@ def load(path, backbone=None, shared=None, head=None, class_names=None):
     """
     saved = read_tensors(path, "plug-in")
     config = Config(**saved["config"])
-    if backbone:
+    if backbone is not None:
         student = RobustStudent(backbone, shared, head, config)
+    elif not config.student:
+        raise Refusal(f"{path}: tuned on modules of your own; give backbone, shared and head")
     else:
-        network = load_network(**saved["source"])
+        network = load_network(config.student, config.pretrained, config.image_size,
+                               config.model_args, config.seed)
         network.classifier = classifier_from(saved["classifier"], trained=not config.zero_shot)
         network.class_names = saved["class_names"]
         student = assemble(network, saved["split"], config)
     if (found := fingerprint(student.backbone)) != saved["fingerprint"]:
         raise Refusal(f"{path}: tuned on a backbone with fingerprint {saved['fingerprint'][:16]}, "
                       f"this one has {found[:16]}; load the weights that it was tuned on")
-    student.load_state_dict(saved["tuned"], strict=False)
-    if class_names and not config.zero_shot:
-        raise Refusal(f"{path}: only a student tuned with --zero-shot takes new class names")
-    for module in student.modules() if class_names else []:
-        if isinstance(module, CosineClassifier):
-            module.weight = network.text_embeddings(class_names)[0]
-            student.class_names = class_names
+    student.load_state_dict(saved["tuned"], strict=False)  # all but backbone and original
+    if class_names:
+        if backbone is not None or not config.zero_shot:
+            raise Refusal(f"{path}: only a CLIP student of --zero-shot takes new class names")
+        weight, student.class_names = network.text_embeddings(class_names)[0], class_names
+        for module in student.modules():
+            if isinstance(module, CosineClassifier):
+                module.weight = weight
     return student
 
 # --- The robust teacher (Sec. 4.2) and the training loop ------------------------------------------
@@ -686,13 +686,13 @@ def fit(loss_of, model, views, validation, config, write):
     """Minimise loss_of(pixels, labels, is_clean); after each epoch validate model and `write()`."""
     model.to(config.device, memory_format=torch.channels_last)  # 1.5 times as fast on ResNets
     tuned = [p for p in model.parameters() if p.requires_grad]
-    make = {"adamw": torch.optim.AdamW, "sgd": lambda p, lr, weight_decay: torch.optim.SGD(
-        p, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)}[config.optimizer]
-    optimizer = make(tuned, config.lr, weight_decay=config.weight_decay)
+    kind, extra = {"adamw": (torch.optim.AdamW, {}),
+                   "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})}[config.optimizer]
+    optimizer = kind(tuned, config.lr, weight_decay=config.weight_decay, **extra)
     steps = config.epochs * len(loader(views, config, epoch=0))
     warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: (s + 1) / warmup if s < warmup
-        else 0.5 + 0.5 * np.cos(np.pi * (s - warmup) / max(1, steps - warmup)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
+        (s + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, s - warmup) / max(1, steps - warmup))))
     replaced = set()
     for epoch in range(config.epochs):
         model.train()
@@ -737,18 +737,24 @@ def same_classes(names, others, what):
 def prepare(name, kind, config, teacher=None):
     """(Network, teacher or None, Views, validation Views or None) for --data and --extra-data."""
     parts = [Path(config.data, part) for part in ("train", "val", "test")]
-    train, *held_out = [part for part in parts if part.is_dir()] or [config.data]
+    train, *held_out = [part for part in parts if part.is_dir()] if parts[0].is_dir() \
+        else [config.data]
     samples, names = image_folder(train)
     if config.limit:
         keep = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
         samples = [samples[i] for i in sorted(keep)]
     others = [(folder, *image_folder(folder)) for folder in (*held_out[:1], *config.extra_data)]
-    teacher = teacher and load_network(teacher).to(config.device).eval()
+    teacher = load_network(teacher).to(config.device).eval() if teacher else None
+    if teacher and teacher.classifier is None:
+        raise Refusal(f"--teacher {config.teacher}: has no classifier; see --make-teacher")
     network = load_network(name, config.pretrained, config.image_size, config.model_args,
                            config.seed)
     for what, _, classes in (*others, (name, None, network.class_names),
-                             (config.teacher, None, teacher and teacher.class_names)):
+                             (config.teacher, None, getattr(teacher, "class_names", None))):
         same_classes(names, classes, what)
+    if teacher and teacher.classifier.out_features != len(names):
+        raise Refusal(f"--teacher {config.teacher} has {teacher.classifier.out_features} classes, "
+                      f"--data has {len(names)}")
     network.class_names = names
     give_classifier(network, samples, config)
     validation = Views(others.pop(0)[1], network.size, "centre", config) if held_out else None
@@ -771,7 +777,7 @@ def give_classifier(network, samples, config):
     if network.text_embeddings:
         network.classifier = CosineClassifier(*network.text_embeddings(names), not config.zero_shot)
     elif config.zero_shot:
-        raise Refusal(f"--zero-shot needs a network with a text encoder, {config.student} has none")
+        raise Refusal(f"--zero-shot needs a student with a text encoder, not {config.student}")
     else:
         with torch.no_grad():
             width = network.eval().features(torch.zeros(1, 3, network.size, network.size)).shape[1]
@@ -801,11 +807,11 @@ def make_teacher(config):
 
 def tune_student(config):
     """Sec. 4.3: cut the student, plug in the heads, tune them on D^a, write the plug-in."""
-    heads, distil = RECIPES[config.recipe]
+    heads, distil = RECIPES[config.recipe], len(RECIPES[config.recipe]) > 1
     if distil and not config.teacher:
         raise Refusal(f"--recipe {config.recipe} needs --teacher FILE.pt; see --make-teacher")
     network, teacher, views, validation = prepare(config.student, "coin", config,
-                                                  distil and config.teacher)
+                                                  config.teacher if distil else None)
     k, n = at = split(network, config.fraction, config.head_blocks)
     shared, head = (count(*parts) / count(network) for parts in (
         network.blocks[k:n], (network.blocks[n:], network.pool, network.classifier)))
@@ -885,6 +891,8 @@ def main(arguments=None):
         config.out = config.out or ("teacher.pt" if config.make_teacher else "robust.pt")
         if not Path(config.out).parent.is_dir():
             raise Refusal(f"--out {config.out}: make its folder first")
+        if config.epochs < 1 or config.seed < 0 or config.passes < 1:
+            raise Refusal("--epochs and --passes must be at least 1, --seed at least 0")
         if PROCESSES > 1:
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":
