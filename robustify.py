@@ -844,12 +844,12 @@ def draw(index, rng):
 def demo(folder="demo"):
     """Draw the images, train a stand-in large student and a robust teacher, run ours and APT."""
     rng = np.random.default_rng(0)
-    for i in range(5000):
-        path = Path(folder, "train" if i < 4000 else "val", SHAPES[i % 8], f"{i:04}.png")
+    for i in range(3000):
+        path = Path(folder, "train" if i < 2400 else "val", SHAPES[i % 8], f"{i:04}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw(i % 8, rng)).save(path)
     config = Config(data=folder, pretrained="none", image_size=32, severity=4, batch_size=64,
-                    lr=3e-3, epochs=6, workers=2)
+                    lr=3e-3, epochs=5, workers=2)
     for name, augment, depths, widths in (
             ("student", "none", (1, 1, 2, 6), (16, 32, 32, 32)),
             ("teacher", config.augment, (1, 1, 1, 1), (8, 16, 32, 48))):
@@ -858,7 +858,7 @@ def demo(folder="demo"):
                              augment=augment, out=f"{folder}/{name}.pt"))
     for recipe in ("ours", "apt"):
         tune_student(replace(config, student=f"{folder}/student.pt", teacher=f"{folder}/teacher.pt",
-                             recipe=recipe, epochs=4, lr=1e-3, out=f"{folder}/{recipe}.pt"))
+                             recipe=recipe, epochs=3, lr=1e-3, out=f"{folder}/{recipe}.pt"))
     print(f"now measure what lies in {folder}/ with: python eval.py")
 
 # --- main -----------------------------------------------------------------------------------------
