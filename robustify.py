@@ -644,8 +644,10 @@ def load(path, backbone=None, shared=None, head=None, class_names=None):
     elif not config.student:
         raise Refusal(f"{path}: tuned on modules of your own; give backbone, shared and head")
     else:
-        network = load_network(config.student, config.pretrained, config.image_size,
-                               config.model_args, config.seed)
+        beside = Path(path).with_name(Path(config.student).name)  # where both files were moved
+        moved = config.student.endswith(".pt") and not Path(config.student).is_file()
+        network = load_network(str(beside) if moved else config.student, config.pretrained,
+                               config.image_size, config.model_args, config.seed)
         network.classifier = classifier_from(saved["classifier"], trained=not config.zero_shot)
         network.class_names = saved["class_names"]
         student = assemble(network, saved["split"], config)
@@ -728,12 +730,6 @@ def fit(loss_of, model, views, validation, config, write):
         print(f"{len(replaced)} unreadable images were replaced by the next readable one: "
               + ", ".join(str(views.samples[i][0]) for i in sorted(replaced)[:3]))
 
-def same_classes(names, others, what):
-    """Raises Refusal where `others`, the classes of `what`, are not `names`; None is unknown."""
-    if others is not None and list(others) != list(names):
-        raise Refusal(f"{what} has {len(others)} classes ({', '.join(others[:3])} ...), but --data "
-                      f"has {len(names)} ({', '.join(names[:3])} ...); they must be the same")
-
 def prepare(name, kind, config, teacher=None):
     """(Network, teacher or None, Views, validation Views or None) for --data and --extra-data."""
     parts = [Path(config.data, part) for part in ("train", "val", "test")]
@@ -751,7 +747,9 @@ def prepare(name, kind, config, teacher=None):
                            config.seed)
     for what, _, classes in (*others, (name, None, network.class_names),
                              (config.teacher, None, getattr(teacher, "class_names", None))):
-        same_classes(names, classes, what)
+        if classes is not None and list(classes) != names:
+            raise Refusal(f"{what} has {len(classes)} classes ({', '.join(classes[:3])} ...), but "
+                          f"--data {len(names)} ({', '.join(names[:3])} ...): they must agree")
     if teacher and teacher.classifier.out_features != len(names):
         raise Refusal(f"--teacher {config.teacher} has {teacher.classifier.out_features} classes, "
                       f"--data has {len(names)}")
@@ -849,7 +847,7 @@ def demo(folder="demo"):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw(i % 8, rng)).save(path)
     config = Config(data=folder, pretrained="none", image_size=32, severity=4, batch_size=64,
-                    lr=3e-3, epochs=5, workers=2)
+                    lr=3e-3, epochs=9, jsd=0.0, workers=2)
     for name, augment, depths, widths in (
             ("student", "none", (1, 1, 2, 6), (16, 32, 32, 32)),
             ("teacher", config.augment, (1, 1, 1, 1), (8, 16, 32, 48))):
@@ -858,7 +856,7 @@ def demo(folder="demo"):
                              augment=augment, out=f"{folder}/{name}.pt"))
     for recipe in ("ours", "apt"):
         tune_student(replace(config, student=f"{folder}/student.pt", teacher=f"{folder}/teacher.pt",
-                             recipe=recipe, epochs=3, lr=1e-3, out=f"{folder}/{recipe}.pt"))
+                             recipe=recipe, epochs=4, lr=1e-3, out=f"{folder}/{recipe}.pt"))
     print(f"now measure what lies in {folder}/ with: python eval.py")
 
 # --- main -----------------------------------------------------------------------------------------

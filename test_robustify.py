@@ -1,7 +1,4 @@
-"""Tests of robustify.py and eval.py, each against an independent oracle; no downloads, no GPU.
-
-    python -m pytest -q test_robustify.py        # about a minute on one core
-"""
+"""Tests of robustify.py and eval.py, each against an independent oracle; no downloads, no GPU."""
 
 import colorsys
 import io
@@ -11,8 +8,10 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; also for the child processes
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equality to the bit is a promise of one device
@@ -27,12 +26,12 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.distributions import Categorical, kl_divergence
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import eval as ev
 import robustify as rb
 
 NARROW = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}  # a timm resnet18 of 0.02 M
+RESNET = "resnet18", "none", 32, {**NARROW, "num_classes": 4}
 NAMED = ["resnet18", "--model-args", json.dumps({**NARROW, "num_classes": 2})]
 FLAGS = ["--pretrained", "none", "--image-size", "32", "--epochs", "1", "--batch-size", "8",
          "--workers", "0", "--device", "cpu", "--lr", "1e-2"]
@@ -44,84 +43,68 @@ def randomise(module, seed=0):
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
-            fan_in = p.numel() / p.shape[0] if p.ndim > 1 else 4.0
-            p.copy_(torch.randn(p.shape, generator=g) / math.sqrt(fan_in) + 0.5 * (p.ndim == 1))
-        for m in module.modules():
-            if isinstance(m, _BatchNorm):
-                m.running_mean.copy_(torch.randn(m.num_features, generator=g))
-                m.running_var.copy_(torch.rand(m.num_features, generator=g) + 0.5)
+            spread = (p.shape[0] / p.numel()) ** 0.5 if p.ndim > 1 else 0.5
+            p.copy_(spread * torch.randn(p.shape, generator=g) + 0.5 * (p.ndim == 1))
+        for name, b in module.named_buffers():
+            if "running" in name:  # mean, var
+                b.copy_(torch.rand(b.shape, generator=g) + (0.5 if "var" in name else -0.5))
     return module.eval()
 
 def images_of(n, size=32, seed=0):
     """Pixels in [0, 1], each image with its own colour and contrast."""
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.rand(*shape, generator=g)
+    draw = partial(torch.rand, generator=torch.Generator().manual_seed(seed))
     return draw(n, 3, 1, 1) * 0.7 + 0.3 * draw(n, 1, 1, 1) * draw(n, 3, size, size)
 
 def make_folder(root, classes=("ant", "bee"), parts=("train", "val"), n=8, size=32):
     """PART/CLASS/i.png, dark or bright by class, so that there is something to learn."""
     rng = np.random.default_rng(0)
-    for part in parts:
-        for k, name in enumerate(classes):
-            (root / part / name).mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.integers(0, 128, (size, size, 3)) + 100 * (k % 2)
-                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
+    for folder in (root / part / name for part in parts for name in classes):
+        folder.mkdir(parents=True)
+        for i in range(n):
+            pixels = rng.integers(0, 128, (size, size, 3)) + 100 * (folder.name == classes[-1])
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     return root
-
-def resnet(seed=0):
-    return rb.load_network("resnet18", "none", 32, {**NARROW, "num_classes": 4}, seed)
 
 def make_student(**settings):
     """(student, teacher): narrow ResNets; two blocks frozen, one shared, one in each head."""
-    config = rb.Config(**settings)
-    return rb.assemble(randomise(resnet()), (2, 3), config), randomise(resnet(), 1)
+    student, teacher = (randomise(rb.load_network(*RESNET), seed) for seed in (0, 1))
+    return rb.assemble(student, (2, 3), rb.Config(**settings)), teacher
 
 def differ(student, amount=0.3):
     """Make the heads disagree, and the shared part another, as tuning would."""
     g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in (*student.shared.parameters(), *student.heads.parameters()):
-            p.add_(amount * torch.randn(p.shape, generator=g) * p.abs().mean())
+    for p in (*student.shared.parameters(), *student.heads.parameters()):
+        p.data += amount * torch.randn(p.shape, generator=g) * p.data.abs().mean()
     return student
 
 # --- 1. The split equals the whole network --------------------------------------------------------
-
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
     """Two tiny CLIPs that open_clip knows by name."""
     folder = tmp_path_factory.mktemp("clips")
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    text = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1)
     for name, vision in (("test-vit", dict(image_size=32, layers=2, width=64, patch_size=16)),
                          ("test-rn", dict(image_size=64, layers=[1, 2, 1, 1], width=8))):
         (folder / f"{name}.json").write_text(json.dumps(
             {"embed_dim": 32, "vision_cfg": {**vision, "head_width": 32}, "text_cfg": text}))
     open_clip.add_model_config(folder)
 
-def timm_vit(name="vit_tiny_patch16_224", **more):
-    return timm.create_model(name, img_size=32, depth=3, embed_dim=48, num_heads=3, num_classes=5,
-                             **more)
-
-def torchvision_vit(**more):
-    return torchvision.models.VisionTransformer(
-        image_size=32, patch_size=16, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64,
-        num_classes=5, **more)
-
+vit = partial(timm.create_model, img_size=32, depth=3, embed_dim=48, num_heads=3, num_classes=5)
+tv_vit = partial(torchvision.models.VisionTransformer, image_size=32, patch_size=16, num_layers=3,
+                 num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=5)
 FAMILIES = {  # name: (size, tolerance, builder); nn.MultiheadAttention has a fast path, hence 1e-5
     "open_clip ViT": (32, 1e-5, lambda: open_clip.create_model("test-vit").visual),
     "open_clip RN": (64, 1e-5, lambda: open_clip.create_model("test-rn").visual),
-    "timm ViT, token": (32, 0, timm_vit),
-    "timm ViT, average": (32, 0, lambda: timm_vit(global_pool="avg")),
-    "timm ViT, no token": (32, 0, lambda: timm_vit(global_pool="avg", class_token=False)),
-    "deit": (32, 0, lambda: timm_vit("deit_tiny_patch16_224")),
+    "timm ViT": (32, 0, lambda: vit("vit_tiny_patch16_224")),
+    "average": (32, 0, lambda: vit("vit_tiny_patch16_224", global_pool="avg")),
+    "no token": (32, 0, lambda: vit("vit_tiny_patch16_224", global_pool="avg", class_token=False)),
+    "deit": (32, 0, lambda: vit("deit_tiny_patch16_224")),
     "timm ResNet": (32, 0, lambda: timm.create_model("resnet18", num_classes=5, **NARROW)),
     "timm ConvNeXt": (64, 0, lambda: timm.create_model(
         "convnext_tiny", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=5)),
-    "torchvision ViT": (32, 1e-5, torchvision_vit),
-    "torchvision ViT, hidden": (32, 1e-5, lambda: torchvision_vit(representation_size=24)),
-    "torchvision ResNet": (32, 0, lambda: torchvision.models.ResNet(
-        torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)),
-}
+    "torchvision ViT": (32, 1e-5, tv_vit),
+    "hidden layer": (32, 1e-5, lambda: tv_vit(representation_size=24)),
+    "torchvision ResNet": (32, 0, lambda: torchvision.models.resnet18(num_classes=5))}
 
 def whole_and_network(family):
     """(pixels -> logits by the library's own forward, Network of the same weights)."""
@@ -131,7 +114,7 @@ def whole_and_network(family):
     if network.classifier is None:  # CLIP's towers have none of their own
         classifier = network.classifier = randomise(nn.Linear(32, 5))
     shift, scale = (torch.tensor(t)[:, None, None] for t in (mean, std))
-    return lambda x: classifier(net((x - shift) / scale)), network
+    return (lambda x: classifier(net((x - shift) / scale))), network
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -143,56 +126,49 @@ def test_split_equals_whole(family, clips):
     assert min((a - b).abs().max() for i, a in enumerate(expected) for b in expected[:i]) > 1e-3
     student = rb.assemble(network, rb.split(network, 0.3, 1), rb.Config())
     z = student.backbone(x)
-    outputs = {"network": network(x), "original": student.original(z),
-               **{k: head(student.shared(z)) for k, head in student.heads.items()}}
-    assert set(outputs) == {"network", "original", *rb.HEADS}
-    for logits in outputs.values():
+    heads = [head(student.shared(z)) for head in student.heads.values()]
+    assert len(heads) == 3
+    for logits in (network(x), student.original(z), *heads):
         assert torch.allclose(logits, expected, atol=tolerance, rtol=tolerance)  # 0: to the bit
 
-@pytest.mark.parametrize("family", ["open_clip RN", "timm ViT, token", "timm ConvNeXt"])
+@pytest.mark.parametrize("family", ["open_clip RN", "timm ViT", "timm ConvNeXt"])
 def test_split_is_the_best(family, clips):
     """K against a brute-force count by parameter name, and against what assemble tunes."""
     _, network = whole_and_network(family)
-    sizes = {k: p.numel() for k, p in network.named_parameters()}
+    sizes, chosen = {k: p.numel() for k, p in network.named_parameters()}, set()
     block_of = lambda k: int(k.split(".")[1]) if k.startswith("blocks.") else -1
-    chosen = set()
-    for fraction in (0.05, 0.2, 0.6):
-        for head_blocks in (0, 1, 2):
-            n = 1 + max(map(block_of, sizes)) - head_blocks
-            tuned = [sum(v for k, v in sizes.items() if block_of(k) >= cut
-                         or k.startswith(("pool.", "classifier."))) for cut in range(n + 1)]
-            errors = [abs(t / sum(sizes.values()) - fraction) for t in tuned]
-            k, found_n = rb.split(network, fraction, head_blocks)
-            assert found_n == n and errors[k] == min(errors)
-            student = rb.assemble(network, (k, n), rb.Config(recipe="apt"))  # apt has one head
-            assert sum(p.numel() for p in student.parameters() if p.requires_grad) == tuned[k]
-            chosen.add(k)
+    rest = sum(v for k, v in sizes.items() if k.startswith(("pool.", "classifier.")))
+    for fraction, head_blocks in ((0.05, 1), (0.2, 0), (0.2, 1), (0.2, 2), (0.6, 1)):
+        n = 1 + max(map(block_of, sizes)) - head_blocks
+        tuned = [rest + sum(sizes[k] for k in sizes if block_of(k) >= i) for i in range(n + 1)]
+        errors = [abs(t / sum(sizes.values()) - fraction) for t in tuned]
+        k, found_n = rb.split(network, fraction, head_blocks)
+        assert found_n == n and errors[k] == min(errors)
+        student = rb.assemble(network, (k, n), rb.Config(recipe="apt"))  # apt has one head
+        assert sum(p.numel() for p in student.parameters() if p.requires_grad) == tuned[k]
+        chosen.add(k)
     assert len(chosen) > 1
 
 # --- 2. Gradients, and what stays frozen ----------------------------------------------------------
-
 IS_CLEAN = {"clean": [1, 1, 1, 1], "augmented": [0, 0, 0, 0], "mixed": [1, 0, 0, 1]}
 
 @pytest.mark.parametrize("kind", IS_CLEAN)
 def test_gradients_reach_their_parts(kind):
-    student, teacher = make_student()
-    student.train()
-    seen = {}
-    for name, part in {**student.heads, "original": student.original, "teacher": teacher}.items():
+    (student, teacher), seen = make_student(), {}
+    parts = {**student.train().heads, "original": student.original, "teacher": teacher}
+    for name, part in parts.items():
         part.register_forward_hook(
             lambda _, inputs, output, name=name: seen.update({name: len(inputs[0])}))
     is_clean, labels = torch.tensor(IS_CLEAN[kind]).bool(), torch.arange(4)
     rb.student_loss(student, teacher, images_of(4), labels, is_clean).backward()
-    clean, gets = sum(IS_CLEAN[kind]), {"shared", "combined"}
-    gets |= ({"clean"} if clean else set()) | ({"unclean"} if clean < 4 else set())
+    clean = sum(IS_CLEAN[kind])
+    rows = dict(clean=clean, original=clean, combined=4, unclean=4 - clean, teacher=4 - clean)
+    assert {k: v for k, v in seen.items() if v} == {k: v for k, v in rows.items() if v}
     for name, part in {"shared": student.shared, **student.heads}.items():
         moved = [p.grad is not None and bool(p.grad.any()) for p in part.parameters()]
-        assert moved and (all(moved) if name in gets else not any(moved)), name
+        assert moved and (all(moved) if rows.get(name, 4) else not any(moved)), name
     for part in (student.backbone, student.original, teacher):
         assert all(p.grad is None for p in part.parameters())
-    rows = {"clean": clean, "original": clean, "combined": 4, "unclean": 4 - clean,
-            "teacher": 4 - clean}
-    assert {k: v for k, v in seen.items() if v} == {k: v for k, v in rows.items() if v}
 
 @pytest.mark.parametrize("tune", [False, True])
 def test_training_leaves_the_frozen_alone(tune):
@@ -201,11 +177,11 @@ def test_training_leaves_the_frozen_alone(tune):
     parts = {**frozen, "shared": student.shared, **student.heads}
     before = {k: {n: t.clone() for n, t in v.state_dict().items()} for k, v in parts.items()}
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], 1e-2)
+    labels, is_clean = torch.arange(8) % 4, torch.arange(8) < 4
     for step in range(3):
         student.train()
         optimizer.zero_grad()
-        rb.student_loss(student, teacher, images_of(8, seed=step), torch.arange(8) % 4,
-                        torch.arange(8) < 4).backward()
+        rb.student_loss(student, teacher, images_of(8, seed=step), labels, is_clean).backward()
         optimizer.step()
     for name, part in parts.items():
         buffers = {k for k, _ in part.named_buffers()}
@@ -215,18 +191,16 @@ def test_training_leaves_the_frozen_alone(tune):
             assert torch.equal(value, before[name][key]) == stays, (name, key)
 
 # --- 3. The loss ----------------------------------------------------------------------------------
-
 def slow_loss(logits, targets, labels, is_clean, T, weight):
     """Eqs. 3-5, one example at a time; logits {head: (B, C)} of every row."""
     total = 0.0
     for i, label in enumerate(labels):
-        for head in ("clean", "combined") if is_clean[i] else ("unclean", "combined"):
-            if head in logits:
-                own = logits[head][i]
-                total = total - Categorical(logits=own).log_prob(label)
-                if targets is not None:
-                    total = total + weight * T**2 * kl_divergence(
-                        Categorical(logits=targets[i] / T), Categorical(logits=own / T))
+        for head in {"clean" if is_clean[i] else "unclean", "combined"} & set(logits):
+            own = logits[head][i]
+            total = total - Categorical(logits=own).log_prob(label)
+            if targets is not None:
+                total = total + weight * T**2 * kl_divergence(
+                    Categorical(logits=targets[i] / T), Categorical(logits=own / T))
     return total / len(labels)
 
 @pytest.mark.parametrize("kind", IS_CLEAN)
@@ -240,12 +214,11 @@ def test_generalized_distillation(kind, T, weight):
     for teacher in (targets, None):
         found = rb.generalized_distillation(own, teacher, labels, is_clean, T, weight)
         assert torch.allclose(found, slow_loss(logits, teacher, labels, is_clean, T, weight))
-    assert {k: v.tolist() for k, v in rb.examples_of(is_clean).items()} == \
-        {k: v.tolist() for k, v in rows.items()}
+    assert all(torch.equal(rb.examples_of(is_clean)[head], rows[head]) for head in rb.HEADS)
 
 def test_distillation_is_kl_of_teacher_to_student():
-    student, teacher = torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.5]])
-    p, q = Categorical(logits=teacher / 2), Categorical(logits=student / 2)
+    student, teacher = torch.tensor([[[4.0, 0.0, 0.0]], [[0.0, 1.0, 0.5]]])
+    q, p = Categorical(logits=student / 2), Categorical(logits=teacher / 2)
     right, wrong = 4 * kl_divergence(p, q).sum(), 4 * kl_divergence(q, p).sum()
     assert abs(right - wrong) > 0.1  # the example tells the directions apart
     assert torch.allclose(rb.distillation(student, teacher, 2.0), right)
@@ -254,9 +227,9 @@ def test_distillation_is_kl_of_teacher_to_student():
 @torch.no_grad()
 def test_student_loss_wires_both_teachers(recipe):
     student, teacher = make_student(recipe=recipe, temperature=3.0, distill_weight=0.7)
-    differ(student)
     x, labels, is_clean = images_of(4), torch.tensor([3, 1, 0, 2]), torch.arange(4) % 2 == 0
-    found = rb.student_loss(student, teacher, x, labels, is_clean)
+    teachers = teacher if recipe == "ours" else None
+    found = rb.student_loss(differ(student), teachers, x, labels, is_clean)
     z = student.backbone(x)
     logits = {k: head(student.shared(z)) for k, head in student.heads.items()}
     assert set(logits) == ({"combined"} if recipe == "apt" else set(rb.HEADS))
@@ -266,25 +239,23 @@ def test_student_loss_wires_both_teachers(recipe):
 
 @torch.no_grad()
 def test_teacher_loss():
-    network, labels, views = randomise(resnet()), [0, 3], images_of(6).reshape(2, 3, 3, 32, 32)
-    plain, jsd = 0.0, 0.0
+    network, labels = randomise(rb.load_network(*RESNET)), torch.tensor([0, 3])
+    views, plain, jsd = images_of(6).reshape(2, 3, 3, 32, 32), 0.0, 0.0
     for example, label in zip(views, labels):
         logits = [network(view[None])[0] for view in example]
-        plain -= Categorical(logits=logits[0]).log_prob(torch.tensor(label)) / 2
+        plain -= Categorical(logits=logits[0]).log_prob(label) / 2
         mixture = Categorical(probs=sum(v.softmax(-1) for v in logits) / 3)
         jsd += sum(kl_divergence(Categorical(logits=v), mixture) for v in logits) / 6
     assert jsd > 1e-4
     for x, expected in ((views, plain + 12 * jsd), (views[:, 0], plain)):
-        found = rb.teacher_loss(network, 12.0, x, torch.tensor(labels))
-        assert torch.allclose(found, expected, rtol=1e-4)
+        assert torch.allclose(rb.teacher_loss(network, 12.0, x, labels), expected, rtol=1e-4)
 
 # --- 4. to 6. Head selection ----------------------------------------------------------------------
-
 def test_kl_divergence():
     torch.manual_seed(0)
     p, q = torch.randn(2, 6, 5).softmax(-1)
-    expected = kl_divergence(Categorical(probs=p), Categorical(probs=q))
-    assert torch.allclose(rb.kl_divergence(p, q), expected, atol=1e-6)
+    assert torch.allclose(rb.kl_divergence(p, q), atol=1e-6, other=kl_divergence(
+        Categorical(probs=p), Categorical(probs=q)))
     one, other = torch.tensor([[1.0, 0, 0]]), torch.tensor([[0, 0.5, 0.5]])
     assert rb.kl_divergence(one, one) == 0 and 80 < rb.kl_divergence(one, other) < math.inf
     half, third = torch.tensor([[0.5, 0.5, 0]]), torch.full((1, 3), 1 / 3)  # 0 log 0 is 0
@@ -297,22 +268,22 @@ def test_mc_dropout_is_a_loop_over_masks():
     phi, uncertainty = rb.mc_dropout(classifier, features, masks)
     for i, f in enumerate(features):
         passes = np.array([classifier(f * mask).softmax(-1).tolist() for mask in masks])
-        mean = passes.sum(0) / 7
-        deviation = np.sqrt(((passes - mean) ** 2).sum(0) / 7)
+        mean, deviation = passes.sum(0) / 7, passes.std(0, ddof=0)
         assert phi[i].tolist() == pytest.approx(mean.tolist(), abs=1e-6)
         assert uncertainty[i].item() == pytest.approx(deviation.mean(), abs=1e-6)
+
+def linear_student(head, **settings):
+    return rb.RobustStudent(nn.Identity(), nn.Sequential(), head, rb.Config(**settings))
 
 def test_mask_variance_has_its_closed_form():
     """Inverted dropout before a linear layer: mean w f, variance p / (1 - p) * sum w^2 f^2."""
     torch.manual_seed(0)
     p, head, f = 0.3, nn.Linear(64, 6), torch.randn(8, 64)
-    config = rb.Config(passes=4000, dropout=p)
-    masks = rb.RobustStudent(nn.Identity(), nn.Sequential(), head, config).masks
-    logits = head(f[:, None] * masks).double()  # (B, K, C)
+    student = linear_student(head, passes=4000, dropout=p)
+    logits = head(f[:, None] * student.masks).double()  # (B, K, C)
     closed = p / (1 - p) * (f**2 @ head.weight.T**2).double()
     ratio = logits.var(1, correction=0) / closed
     assert ratio.mean().item() == pytest.approx(1, abs=0.05)
-    assert 0.85 < ratio.min() and ratio.max() < 1.15
     assert ((logits.mean(1) - head(f)).abs() < 5 * (closed / 4000).sqrt()).all()
 
 @pytest.mark.parametrize("mc", ["head", "tuned"])
@@ -322,13 +293,11 @@ def test_predict_repeats_itself(mc):
     state, first = torch.get_rng_state(), student.predict(x)
     assert torch.equal(torch.get_rng_state(), state)  # it does not disturb others' numbers either
     torch.manual_seed(2)
-    again = student.predict(x)
-    assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3]))
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], student.predict(x)[:3]))
     assert first.uncertainty.min() > 0 and torch.equal(student(x), first.probabilities)
     for i in range(6 if mc == "head" else 0):  # independent of the batch
         alone = student.predict(x[i:i + 1])
         assert torch.allclose(alone.probabilities[0], first.probabilities[i], atol=1e-6)
-        assert alone.head[0] == first.head[i]
 
 def test_select_head_rules():
     """Images: 'u' and 'kl-u' disagree; a tie; KL(m || k) and KL(k || m) disagree."""
@@ -338,60 +307,47 @@ def test_select_head_rules():
     u = {"clean": torch.tensor([.3, .2, .1]), "unclean": torch.tensor([.1, .2, .1]),
          "combined": torch.zeros(3)}
     # kl-u: .3 * .02 < .1 * .51; a tie; .1 * .42 < .1 * .88, though KL(k || m) is .35 > .22
-    answers = {"kl-u": "ccc", "kl": "ccc", "u": "ucc", "confidence": "ucc"}
-    mirrored = {"kl-u": "ucu", "kl": "ucu", "u": "ccc", "confidence": "ccu"}  # ties stay clean
+    names = lambda *args: "".join(rb.HEADS[i][0] for i in rb.select_head(*args))
     mirror = lambda of: {**of, "clean": of["unclean"], "unclean": of["clean"]}
-    for rule in answers:
-        for found, expected in ((rb.select_head(phi, u, rule), answers[rule]),
-                                (rb.select_head(mirror(phi), mirror(u), rule), mirrored[rule])):
-            assert "".join(rb.HEADS[i][0] for i in found) == expected, rule
-    assert torch.equal(rb.select_head(mirror(phi), mirror(u)),
-                       rb.select_head(mirror(phi), mirror(u), "kl-u"))
+    for rule, expected, mirrored in (("kl-u", "ccc", "ucu"), ("kl", "ccc", "ucu"),
+                                     ("u", "ucc", "ccc"), ("confidence", "ucc", "ccu")):
+        assert names(phi, u, rule) == expected, rule
+        assert names(mirror(phi), mirror(u), rule) == mirrored, rule  # ties stay clean
 
 @pytest.mark.parametrize("rule", ["kl-u", "u", "kl", "confidence"])
 @torch.no_grad()
 def test_predict_returns_the_chosen_head(rule):
     torch.manual_seed(0)
     x, linear = torch.randn(64, 16), nn.Linear(16, 4)
-    student = rb.RobustStudent(nn.Identity(), nn.Sequential(), linear, rb.Config(rule=rule))
-    differ(student, 1.0)
+    student = differ(linear_student(linear, rule=rule), 1.0)
     spread = {k: rb.mc_dropout(h.classifier, x, student.masks) for k, h in student.heads.items()}
-    score = {}
-    for k in ("clean", "unclean"):
-        kl = kl_divergence(*(Categorical(probs=spread[n][0]) for n in ("combined", k)))
-        score[k] = {"kl-u": spread[k][1] * kl, "u": spread[k][1], "kl": kl,
-                    "confidence": -spread[k][0].max(-1).values}[rule]
+    phi, uncertainty = ({k: v[i] for k, v in spread.items()} for i in (0, 1))
     found = student.predict(x, with_original=True)
+    assert torch.equal(found.head, rb.select_head(phi, uncertainty, rule))
     assert len(set(found.head.tolist())) == 2  # each head is chosen by some image
     for i, index in enumerate(found.head):
-        name = "unclean" if score["unclean"][i] < score["clean"][i] else "clean"
-        assert rb.HEADS[index] == name
-        assert torch.allclose(found.probabilities[i], spread[name][0][i])
-        assert torch.allclose(found.uncertainty[i], spread[name][1][i])
+        assert torch.allclose(found.probabilities[i], phi[rb.HEADS[index]][i])
+        assert torch.allclose(found.uncertainty[i], uncertainty[rb.HEADS[index]][i])
     assert torch.equal(found.everyone["selected"], found.probabilities)
     assert torch.allclose(found.everyone["original"], linear(x).softmax(-1))
-    assert set(student.predict(x).everyone) == {*rb.HEADS, "selected"}
 
 # --- 7. CLIP: zero-shot and visually encoded ------------------------------------------------------
-
 def plain_clip():
     """The CLIP whose weights load_network draws from its seed, and its class embeddings by hand."""
     torch.manual_seed(0)
     clip, tokenize = open_clip.create_model("test-vit").eval(), open_clip.get_tokenizer("test-vit")
-
-    @torch.no_grad()
-    def embed(names):
-        """One class at a time, as Sec. 4.4 says."""
+    def embed(names):  # one class at a time, as Sec. 4.4 says
         texts = [tokenize([t(n) for t in open_clip.OPENAI_IMAGENET_TEMPLATES]) for n in names]
         encoded = [F.normalize(clip.encode_text(t), dim=-1).mean(0) for t in texts]
-        return F.normalize(torch.stack(encoded), dim=-1)
+        return F.normalize(torch.stack(encoded), dim=-1).detach()
     return clip, embed
 
 def clip_student(trained, names=("ant", "bee", "cat")):
     network = rb.load_network("test-vit", "none")
     network.class_names = list(names)
     network.classifier = rb.CosineClassifier(*network.text_embeddings(names), trained)
-    return network, rb.assemble(network, (1, 1), rb.Config(zero_shot=not trained, dropout=0.3))
+    return network, rb.assemble(network, (1, 1), rb.Config(
+        student="test-vit", pretrained="none", zero_shot=not trained, dropout=0.3))
 
 @torch.no_grad()
 def test_clip_logits_by_hand(clips):
@@ -423,35 +379,28 @@ def test_clip_classifier_is_tuned_in_ve_alone(trained, clips):
         assert all(p.grad is not None for p in parameters.values())
 
 def test_clip_takes_new_classes(clips, tmp_path):
-    student, names, x = clip_student(False)[1], ["dog", "bee", "elk", "fox", "gnu"], images_of(4)
-    differ(student, 0.1)
+    names, x = ["dog", "bee", "elk", "fox", "gnu"], images_of(4)
+    student = differ(clip_student(False)[1], 0.1)
     rb.save(student, tmp_path / "zs.pt")
     loaded = rb.load(tmp_path / "zs.pt", class_names=names)
     for head in student.heads.values():  # the tuned heads, their words swapped by hand
         head.classifier = rb.CosineClassifier(plain_clip()[1](names), head.classifier.scale, False)
     assert torch.allclose(loaded(x), student(x), atol=1e-5) and loaded(x).shape == (4, 5)
     assert list(loaded.class_names) == names
-    rb.save(clip_student(True)[1], tmp_path / "ve.pt")
-    with pytest.raises(rb.Refusal, match="zero-shot"):
-        rb.load(tmp_path / "ve.pt", class_names=names)
 
 @torch.no_grad()
 def test_quick_gelu_follows_the_tag(clips, monkeypatch):
     """OpenAI's weights need QuickGELU, though the plain name of the architecture says GELU."""
     assert open_clip.get_pretrained_cfg("ViT-L-14", "openai")["quick_gelu"]
-    create, seen = open_clip.create_model, []
-    monkeypatch.setattr(open_clip, "get_pretrained_cfg",
-                        lambda name, tag: {"quick_gelu": tag == "quick"})
-    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: seen.append(kwargs)
-                        or create(*args, **{**kwargs, "pretrained": None}))
-    quick, plain = (rb.load_network("test-vit", tag).features(images_of(2))
-                    for tag in ("quick", "plain"))
-    assert [(k["pretrained"], k["force_quick_gelu"]) for k in seen] == \
-        [("quick", True), ("plain", False)]
-    assert (quick - plain).abs().max() > 1e-4
+    make = open_clip.create_model
+    spy = Mock(side_effect=lambda *args, **kwargs: make(*args, **{**kwargs, "pretrained": None}))
+    monkeypatch.setattr(open_clip, "create_model", spy)
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda _, tag: {"quick_gelu": tag == "q"})
+    quick, plain = (rb.load_network("test-vit", t).features(images_of(2)) for t in ("q", "plain"))
+    asked = [(c.kwargs["pretrained"], c.kwargs["force_quick_gelu"]) for c in spy.mock_calls]
+    assert asked == [("q", True), ("plain", False)] and (quick - plain).abs().max() > 1e-4
 
 # --- 8. Views -------------------------------------------------------------------------------------
-
 @pytest.fixture
 def samples(tmp_path):
     """Twelve images whose label is their index."""
@@ -460,47 +409,41 @@ def samples(tmp_path):
 
 def test_views_depend_on_seed_epoch_and_index_alone(samples):
     views, runs = rb.Views(samples, 32, "coin", rb.Config(seed=3)), {}
-    for workers in (0, 2):
-        for epoch in (0, 1):
-            torch.manual_seed(workers)
-            views.config = rb.Config(seed=3, batch_size=5, workers=workers)
-            batches = list(rb.loader(views, views.config, epoch))
-            pixels, order, is_clean = (torch.cat([b[i] for b in batches]) for i in range(3))
-            assert len(set(order.tolist())) == 10  # whole batches only
-            runs[workers, epoch] = order, pixels, is_clean
+    for workers, epoch in ((0, 0), (0, 1), (2, 0), (2, 1)):
+        torch.manual_seed(workers)
+        batches = rb.loader(views, rb.Config(seed=3, batch_size=5, workers=workers), epoch)
+        runs[workers, epoch] = [torch.cat(column) for column in zip(*batches)]
+        assert len(set(runs[workers, epoch][1].tolist())) == 10  # whole batches only
     for epoch in (0, 1):
         assert all(torch.equal(a, b) for a, b in zip(runs[0, epoch], runs[2, epoch]))
-    assert not torch.equal(runs[0, 0][0], runs[0, 1][0])
-    views.epoch, (order, pixels, is_clean) = 1, runs[2, 1]
+    assert not torch.equal(runs[0, 0][1], runs[0, 1][1])  # shuffled anew
+    pixels, order, is_clean, _ = runs[2, 1]
     for place in order.argsort():  # one by one, in another order
         item = views[int(order[place])]
         assert torch.equal(item[0], pixels[place]) and item[2] == is_clean[place]
-    assert item[0].dtype == torch.uint8 and item[0].shape == (3, 32, 32)
     first, other = [views[i][0] for i in range(12)], rb.Views(samples, 32, "coin", rb.Config())
-    views.epoch = other.epoch = 0
+    views.epoch, other.epoch = 0, 1
     for another in (views, other):  # another epoch; another seed
         assert sum(not torch.equal(another[i][0], first[i]) for i in range(12)) > 6
 
 def test_views_coin_is_fair_and_clean_items_are_clean(samples):
-    views, plain, extra = (rb.Views(samples * 34, 8, "coin", rb.Config(augment=a), own)
-                           for a, own in ((rb.Config.augment, None), ("none", None), ("none", 5)))
+    views, plain = (rb.Views(samples * 34, 8, "coin", rb.Config(augment=augment))
+                    for augment in ("augmix+deepaugment", "none"))
     items = [(views[i], plain[i]) for i in range(400)]
     assert 160 <= sum(v[2] for v, _ in items) <= 240  # four standard deviations
     same = {flag: [torch.equal(v[0], p[0]) for v, p in items if v[2] == flag]
             for flag in (True, False)}
     assert all(same[True]) and np.mean(same[False]) < 0.5
-    # From `own` on images are augmented already, and never count as clean.
+    # From the fifth on, these are augmented already, and never count as clean.
+    extra = rb.Views(samples * 34, 8, "coin", rb.Config(), 5)
     assert [extra[i][2] for i in range(99)] == [plain[i][2] and i < 5 for i in range(99)]
 
-def test_views_triple_and_centre(samples):
+def test_views_triple(samples):
     views = rb.Views(samples, 32, "triple", rb.Config())
     pixels = views[0][0]
-    assert pixels.shape == (3, 3, 32, 32) and pixels.dtype == torch.uint8
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 3, 32, 32)
     assert not torch.equal(pixels[1], pixels[2])
     assert views.augmix.all_ops is False  # or it would train on ImageNet-C's corruptions
-    expected = np.asarray(Image.open(samples[0][0]).resize((32, 32), Image.BILINEAR)).astype(int)
-    centre = rb.Views(samples, 32, "centre", rb.Config())[0][0].permute(1, 2, 0).numpy()
-    assert np.abs(centre - expected).max() <= 1  # Pillow rounds otherwise than torchvision
 
 def test_views_replace_unreadable_images(samples):
     for broken in (4, 11):
@@ -517,26 +460,22 @@ def test_views_replace_unreadable_images(samples):
     with pytest.raises(rb.Refusal, match="png"):
         views[0]
 
-def test_unreadable_test_image_is_named(tmp_path, trained, capsys):
-    """Skipping it in silence would change the score, in eval.py and in validation."""
+def test_unreadable_test_image_is_named(trained, tmp_path, capsys):
     root, out = make_folder(tmp_path / "data"), tmp_path / "out.pt"
     (root / "val/bee/3.png").write_bytes(b"no image")
     for main, flags in ((ev.main, ["--model", str(trained / "student.pt"), *EVAL]),
                         (rb.main, ["--make-teacher", *NAMED, *FLAGS, "--out", str(out)])):
-        assert main(["--data", str(root), *flags]) == 2
+        assert main(["--data", str(root), *flags]) == 2  # to skip it would change the score
         assert "bee/3.png" in capsys.readouterr().err.splitlines()[-1] and not out.exists()
 
 def test_noise2net():
-    image, views = images_of(1)[0], []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        views.append(rb.noise2net(image))
-    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
-    assert views[0].shape == image.shape and 0 <= views[0].min() and views[0].max() <= 1
-    assert (views[0] - image).abs().mean() > 0.02
+    image = images_of(1)[0]
+    one, again, other = (torch.manual_seed(s) and rb.noise2net(image) for s in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert one.shape == image.shape and 0 <= one.min() and one.max() <= 1
+    assert (one - image).abs().mean() > 0.02
 
 # --- 9. Checkpoints -------------------------------------------------------------------------------
-
 def own_modules():
     block = lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
     parts = {"backbone": nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8)),
@@ -546,19 +485,18 @@ def own_modules():
 
 @pytest.mark.parametrize("own", [False, True])
 def test_checkpoint_round_trip(own, tmp_path):
-    config = rb.Config(passes=3, rule="u", extra_data=("a", "b"))
-    if own:
-        student = rb.RobustStudent(**own_modules(), config=config)
-    else:  # its random weights come back from the seed
-        network = resnet(5)
+    config = rb.Config(passes=3, rule="u", extra_data=("a", "b"), seed=5)
+    student = rb.RobustStudent(**own_modules(), config=config)
+    if not own:  # the random weights come back from the seed
+        config.student, config.pretrained, config.image_size, config.model_args = RESNET
+        network = rb.load_network(*RESNET, seed=5)
         network.class_names = list("abcd")
         student = rb.assemble(network, (2, 3), config)
     rb.save(differ(student), tmp_path / "robust.pt")
     loaded = rb.load(tmp_path / "robust.pt", **(own_modules() if own else {}))
     expected, found = (s.predict(images_of(4), with_original=True) for s in (student, loaded))
     assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[:3]))
-    for name, p in expected.everyone.items():
-        assert torch.equal(found.everyone[name], p)
+    assert all(torch.equal(found.everyone[name], p) for name, p in expected.everyone.items())
     assert not torch.equal(expected.everyone["clean"], expected.everyone["original"])
     assert loaded.config == config and (own or list(loaded.class_names) == list("abcd"))
 
@@ -567,18 +505,15 @@ def test_another_backbone_is_refused(tmp_path):
     rb.save(rb.RobustStudent(**parts), tmp_path / "robust.pt")
     before = rb.fingerprint(parts["backbone"])
     parts["backbone"][1].running_mean[0] += 1e-3  # a buffer counts too
-    after = rb.fingerprint(parts["backbone"])
     with pytest.raises(rb.Refusal) as refused:
         rb.load(tmp_path / "robust.pt", **parts)
-    assert before != after
-    assert before[:12] in str(refused.value) and after[:12] in str(refused.value)
+    after = rb.fingerprint(parts["backbone"])
+    assert before != after and all(found[:12] in str(refused.value) for found in (before, after))
 
 class Evil:
     """Unpickling it makes a folder."""
-
     def __init__(self, path):
         self.path = str(path)
-
     def __reduce__(self):
         return os.mkdir, (self.path,)
 
@@ -587,14 +522,12 @@ def test_broken_and_malicious_checkpoints_are_refused(tmp_path):
     pickle.loads(pickle.dumps(Evil(trap)))
     assert trap.is_dir()  # the attack works
     trap.rmdir()
-    contents = [pickle.dumps(Evil(trap))] + [rng.bytes(n) for n in (1, 50, 5000)]
-    contents += [b"hello\n", b"aaaa"]  # "a" is also an opcode of pickle's, on an empty stack
+    contents = [pickle.dumps(Evil(trap)), rng.bytes(50), rng.bytes(5000), b"hello\n", b"aaaa"]
     for zipped in (True, False):
         whole, evil = io.BytesIO(), io.BytesIO()
-        torch.save({"format": "robustify plug-in", "tuned": torch.ones(99)}, whole,
-                   _use_new_zipfile_serialization=zipped)
-        torch.save(Evil(trap), evil, _use_new_zipfile_serialization=zipped)
-        cuts = np.linspace(0, len(whole.getvalue()) - 10, 20).astype(int)
+        for content, file in ((torch.ones(99), whole), (Evil(trap), evil)):
+            torch.save({"tuned": content}, file, _use_new_zipfile_serialization=zipped)
+        cuts = np.linspace(0, len(whole.getvalue()), 20).astype(int)  # whole, but not ours
         contents += [evil.getvalue(), *(whole.getvalue()[:n] for n in cuts)]
     for content in contents:
         path.write_bytes(content)
@@ -602,29 +535,19 @@ def test_broken_and_malicious_checkpoints_are_refused(tmp_path):
             with pytest.raises(rb.Refusal, match="robust.pt"):
                 read()
     assert not trap.exists()
-    torch.save({"a": torch.zeros(2)}, path)  # readable, but not ours
-    with pytest.raises(rb.Refusal, match="robust.pt"):
-        rb.load(path)
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file.pt"
     rb.write_tensors({"a": torch.ones(3)}, path)
-
-    def fail(*_):
-        raise OSError("disk full")
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         rb.write_tensors({"a": torch.zeros(3)}, path)
     assert torch.equal(rb.read_tensors(path)["a"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["file.pt"]
 
 # --- 10. Corruptions ------------------------------------------------------------------------------
-
 def photographs(n, size=32):
-    """Smooth coloured images with an edge, uint8: noise, blur and compression all show."""
-    small = images_of(n, 4, seed=2)
-    smooth = F.interpolate(small, (size, size), mode="bicubic").clamp(0, 1)
-    smooth[:, :, size // 4:size // 2, size // 4:size // 2] = small[:, :, :1, :1]
+    smooth = F.interpolate(images_of(n, 8), (size, size), mode="bilinear")
     return (smooth * 255).round().byte()
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -655,79 +578,45 @@ def test_corruption_closed_forms():
             expected = 255 * np.array(colorsys.hsv_to_rgb(h, s, min(v + c["brightness"][i], 1)))
             assert np.abs(found - expected).max() <= 1.001
         mean = x.mean((1, 2), keepdims=True)
-        expected = ((x - mean) * c["contrast"][i] + mean).clip(0, 255)
-        assert np.abs(flat - expected).max() <= 1.001
+        assert np.abs(flat - (x - mean) * c["contrast"][i] - mean).max() <= 1.001
         for image, found in zip(x, jpeg):
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "JPEG", quality=c["jpeg_compression"][i])
             assert np.array_equal(found, np.asarray(Image.open(buffer)))
 
-def test_noise_statistics():
-    grey, x = torch.full((4, 3, 64, 64), 128, dtype=torch.uint8), 128 / 255
-    noise = lambda name: ev.corrupt(grey, name, 3, range(4)).double() / 255
-    c = {name: values[64][2] for name, values in ev.PARAMETERS.items()}
-    for name, deviation in {"gaussian_noise": c["gaussian_noise"],
-                            "speckle_noise": x * c["speckle_noise"],
-                            "shot_noise": math.sqrt(x / c["shot_noise"])}.items():
-        assert noise(name).std().item() == pytest.approx(deviation, rel=0.03), name
-        assert noise(name).mean().item() == pytest.approx(x - 0.5 / 255, abs=0.003), name
-    for extreme in (0, 1):
-        share = (noise("impulse_noise") == extreme).double().mean().item()
-        assert share == pytest.approx(c["impulse_noise"] / 2, rel=0.1)
-
 # --- 11. Metrics and data layouts -----------------------------------------------------------------
-
 def test_mce_by_hand():
     rng, key, group, rows, error = np.random.default_rng(0), ("m", "model"), [], [], {}
     for name, severity in [("", 0)] + [(name, s) for name in ev.ALEXNET for s in (1, 2, 3)]:
-        right = rng.random(50) < 0.8 - 0.1 * severity
-        group.append(SimpleNamespace(name=f"set/{name}/{severity}", corruption=name,
-                                     severity=severity, made=False, samples=[], classes=[]))
-        rows.append({key: right})
-        error.setdefault(name, []).append(sum(not r for r in right) / 50)
+        rows.append({key: rng.random(50) < 0.8 - 0.1 * severity})
+        group.append(SimpleNamespace(name=name, corruption=name, severity=severity, made=False))
+        error.setdefault(name, []).append(sum(not right for right in rows[-1][key]) / 50)
     mean = {name: sum(values) / len(values) for name, values in error.items()}
-    clean = mean.pop("")
+    clean, alexnet = mean.pop(""), 1 - 0.56522  # torchvision's published accuracy of AlexNet
     lines = dict(ev.summary(group, rows, [key], clean=rows[0]))
     assert lines["mCE"] == pytest.approx(sum(mean[n] / ev.ALEXNET[n] for n in mean) / 15)
-    alexnet = 1 - 0.56522  # the published accuracy of torchvision's AlexNet, from before its update
     assert lines["relative mCE"] == pytest.approx(
         sum((mean[n] - clean) / (ev.ALEXNET[n] - alexnet) for n in mean) / 15)
-    assert lines["mean of corruptions"] == pytest.approx(1 - sum(mean.values()) / 15)
-    keep = [i for i, s in enumerate(group) if s.corruption != "fog"]
-    fewer = dict(ev.summary([group[i] for i in keep], [rows[i] for i in keep], [key]))
-    assert "mCE" not in fewer and "snow" in fewer  # it is defined over all fifteen
+    fewer = dict(ev.summary(group[:-3], rows[:-3], [key]))  # mCE is defined over all fifteen
+    assert "mCE" not in fewer and lines["fog"] == fewer["fog"] == pytest.approx(1 - mean["fog"])
 
 def test_columns():
     model = lambda names, n: SimpleNamespace(class_names=names, outputs=n, name="mine")
     numbers = ["0", "1", "10", "100"]  # ImageNetV2: the name is the index, whatever its place
     for classes, names, outputs, expected in (
-            (numbers, None, 1000, [0, 1, 10, 100]),
+            (["b", "c"], ["a", "b", "c"], 3, [1, 2]), (numbers, None, 1000, [0, 1, 10, 100]),
             (numbers, [f"n{i}" for i in range(1000)], 1000, [0, 1, 10, 100]),
             (["0", "2"], ["0", "1", "10", "2"], 4, [0, 3]),  # but these are names
-            (["bee", "cat"], ["ant", "bee", "cat"], 3, [1, 2]),
             (["n01440764", "n01491361"], None, 1000, [0, 3])):  # tench, tiger shark
         assert list(ev.columns(classes, model(names, outputs))) == expected
     for classes, names in ((["dog"], ["ant", "bee"]), (["7"], ["ant", "bee"]), (["ant"], None)):
         with pytest.raises(rb.Refusal, match="mine"):
             ev.columns(classes, model(names, 2))
 
-def test_shifts(tmp_path):
-    make_folder(tmp_path / "c", parts=["fog/1", "fog/3"], n=1)
-    published = ev.shifts(tmp_path / "c", [], [])
-    made = ev.shifts(make_folder(tmp_path / "d", n=1), ["contrast"], [2, 4])
-    assert [(s.corruption, s.severity, s.made) for s in published + made] == [
-        ("fog", 1, False), ("fog", 3, False), ("", 0, False), ("contrast", 2, True),
-        ("contrast", 4, True)]
-    assert all(s.classes == ["ant", "bee"] and len(s.samples) == 2 for s in published + made)
-    assert all("/val/" in path for path, _ in made[0].samples)  # never the training images
-
 # --- 12. Command lines ----------------------------------------------------------------------------
-
-def command(script, *arguments):
-    done = subprocess.run([sys.executable, str(Path(__file__).parent / script),
-                           *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def command(*arguments):
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=Path(__file__).parent,
+                          stdout=subprocess.PIPE, text=True, check=True).stdout
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
@@ -742,32 +631,21 @@ def trained(tmp_path_factory):
     assert rb.main([*student, "--recipe", "apt", *rest("apt")]) == 0
     return root
 
-def read_images(folder):
-    """(pixels, labels) by Pillow alone; the images have the networks' size already."""
-    paths = sorted(folder.glob("*/*.png"))
-    names = sorted({p.parent.name for p in paths})
-    pixels = np.stack([np.asarray(Image.open(p)) for p in paths])
-    return torch.tensor(pixels).permute(0, 3, 1, 2) / 255, torch.tensor(
-        [names.index(p.parent.name) for p in paths])
-
-def sets_of(file):
-    return json.loads(file.read_text())["sets"]
-
 @torch.no_grad()
 def test_command_lines(trained):
-    names = ("teacher", "student", "apt", "robust")
+    names, file = ("teacher", "student", "apt", "robust"), trained / "out.json"
     printed = command("eval.py", "--data", trained / "data", "--corrupt", "contrast", "--severity",
-                      1, 5, *EVAL, "--json", trained / "out.json", "--model",
-                      *(trained / f"{name}.pt" for name in names))
-    assert "| mean of corruptions" in printed
-    sets = sets_of(trained / "out.json")
+                      1, 5, *EVAL, "--json", file, "--model", *(trained / f"{n}.pt" for n in names))
+    sets = json.loads(file.read_text())["sets"]
     assert [(s["name"], s["n"], s["corrupted_here"]) for s in sets] == [
         ("data", 16, False), ("data/contrast/1", 16, True), ("data/contrast/5", 16, True)]
-    x, labels = read_images(trained / "data/val")
+    assert "| mean of corruptions" in printed
+    images = [np.asarray(Image.open(p)) for p in sorted((trained / "data/val").glob("*/*.png"))]
+    x, labels = torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 255, torch.arange(16) // 8
     teacher, student = (rb.load_network(str(trained / f"{n}.pt")).eval() for n in names[:2])
     apt, robust = (rb.load(trained / f"{n}.pt") for n in names[2:])
     everyone = robust.predict(x, with_original=True).everyone
-    # M, kept in the plug-in, is still the student that was given; its heads no longer are.
+    # M in the plug-in is still the student that was given, the heads no longer are.
     assert torch.allclose(everyone["original"], student(x).softmax(-1), atol=1e-5)
     assert (everyone["clean"] - everyone["original"]).abs().max() > 1e-4
     right = lambda p: p.argmax(-1) == labels
@@ -779,85 +657,44 @@ def test_command_lines(trained):
         assert sets[0]["models"][model][key] == pytest.approx(rows.float().mean().item())
     assert not {"clean", "oracle"} & set(sets[0]["models"]["apt"])
 
-def test_training_repeats_itself(trained, tmp_path):
-    """The same seed gives the same plug-in, whatever the number of workers."""
-    assert rb.main(["--student", str(trained / "student.pt"), "--recipe", "apt", *FLAGS, "--data",
-                    str(trained / "data"), "--workers", "2", "--out", str(tmp_path / "b.pt")]) == 0
-    x, _ = read_images(trained / "data/val")
-    assert torch.equal(rb.load(tmp_path / "b.pt")(x), rb.load(trained / "apt.pt")(x))
-
 def test_clip_command_line(trained, clips, tmp_path, capsys):
-    """Zero-shot and VE; the zero-shot plug-in is then measured on classes that it never saw."""
-    for name, flags in (("zs", ["--zero-shot"]), ("ve", [])):
+    """Zero-shot and VE; only the former can then be measured on classes that it never saw."""
+    make_folder(tmp_path, ("dog", "elk"), ["val"])
+    for name, flags, code in (("zs", ["--zero-shot"], 0), ("ve", [], 2)):
+        out = str(tmp_path / f"{name}.pt")
         assert rb.main(["--student", "test-vit", "--recipe", "apt", *FLAGS, *flags, "--data",
-                        str(trained / "data"), "--out", str(tmp_path / f"{name}.pt")]) == 0
-    x, labels = read_images(make_folder(tmp_path, ("dog", "elk", "fox"), ["val"], n=2) / "val")
-    rest = ["--data", str(tmp_path / "val"), *EVAL, "--json", str(tmp_path / "out.json")]
-    assert ev.main(["--model", str(tmp_path / "zs.pt"), *rest]) == 0
-    found, = sets_of(tmp_path / "out.json")
-    student = rb.load(tmp_path / "zs.pt", class_names=["dog", "elk", "fox"])
-    right = (student(x).argmax(-1) == labels).float().mean().item()
-    assert found["n"] == 6 and found["models"]["zs"]["selected"] == pytest.approx(right)
-    capsys.readouterr()
-    assert ev.main(["--model", str(tmp_path / "ve.pt"), *rest]) == 2
+                        str(trained / "data"), "--out", out]) == 0
+        assert ev.main(["--model", out, "--data", str(tmp_path), *EVAL]) == code
     assert "dog" in capsys.readouterr().err.splitlines()[-1]
 
-def test_subset_of_classes(trained, tmp_path):
-    """ImageNet-R's layout: right among the subset and right among all are two numbers."""
-    x, _ = read_images(make_folder(tmp_path, ("bee",), ["val"]) / "val")
-    assert ev.main(["--data", str(tmp_path), "--model", str(trained / "student.pt"), *EVAL,
-                    "--json", str(tmp_path / "out.json")]) == 0
-    scores = sets_of(tmp_path / "out.json")[0]["models"]["student"]
-    logits = rb.load_network(str(trained / "student.pt")).eval()(x)
-    assert scores["model"] == 1
-    assert scores["model of all"] == pytest.approx((logits.argmax(-1) == 1).float().mean().item())
-
 # --- 13. Refusals ---------------------------------------------------------------------------------
-
-REFUSED = {  # what is wrong: (flags, what the message must name); @ is the test's folder
-    "missing folder": (["--data", "@/nowhere"], "nowhere"),
-    "empty folder": (["--data", "@/empty"], "empty"),
-    "flat folder": (["--data", "@/flat"], "flat"),
-    "class without images": (["--data", "@/hollow"], "bee"),
-    "missing teacher": (["--teacher", "@/no.pt"], "no.pt"),
-    "no teacher": (["--teacher", ""], "--teacher"),
-    "teacher of other classes": (["--data", "@/other"], "teacher.pt"),
-    "validation of other classes": (["--data", "@/mixed"], "val"),
-    "extra data of other classes": (["--extra-data", "@/other/train"], "other"),
-    "unknown name": (["--student", "resnet_of_mine"], "resnet_of_mine"),
-    "unknown argument": (["--model-args", '{"wings": 2}'], "wings"),
-    "broken argument": (["--model-args", "{wings"], "--model-args"),
-    "no text encoder": (["--zero-shot"], "--zero-shot"),
-    "unknown flag": (["--wings", "2"], "--wings"),
-    "bad choice": (["--rule", "coin"], "coin"),
-    "cannot be split": (["--student", "swin_t", "--model-args", "{}"], "SwinTransformer"),
-}
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals_are_one_line(case, trained, tmp_path, capsys):
-    for folder in ("empty", "flat", "hollow/train/bee"):
+@pytest.mark.parametrize("script, flags, fragment", [  # @ is the test's folder
+    *(("robustify", *case) for case in (
+        (["--data", "@/nowhere"], "nowhere"), (["--data", "@/empty"], "empty"),
+        (["--data", "@/flat"], "flat"), (["--data", "@/hollow"], "bee"),
+        (["--teacher", "@/no.pt"], "no.pt"), (["--teacher", ""], "--teacher"),
+        (["--data", "@/other/val"], "teacher.pt"), (["--data", "@/mixed"], "val"),
+        (["--extra-data", "@/other/val"], "other"), (["--student", "my_resnet"], "my_resnet"),
+        (["--model-args", '{"wings": 2}'], "wings"), (["--model-args", "{wings"], "--model-args"),
+        (["--zero-shot"], "--zero-shot"), (["--wings"], "--wings"), (["--rule", "coin"], "coin"),
+        (["--student", "swin_t", "--model-args", "{}"], "SwinTransformer"))),
+    *(("eval", *case) for case in (
+        (["--data", "@/nowhere"], "nowhere"), (["--model", "no.pt"], "no.pt"),
+        (["--corrupt", "rain"], "rain"), (["--severity", "6"], "--severity"),
+        (["--wings"], "--wings"), (["--model", "my_resnet"], "my_resnet"),
+        (["--data", "@/other"], "cow")))])
+def test_refusals_are_one_line(script, flags, fragment, trained, tmp_path, capsys):
+    for folder in ("empty", "flat", "hollow/train/bee"):  # hollow: a class without images
         (tmp_path / folder).mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "flat/0.png")
-    for folder, second, part in (("hollow", "cow", "train"), ("other", "cow", "train"),
-                                 ("mixed", "bee", "train"), ("mixed", "cow", "val")):
+    for folder, second, part in (("hollow", "cow", "train"), ("mixed", "bee", "train"),
+                                 ("mixed", "cow", "val"), ("other", "cow", "val")):
         make_folder(tmp_path / folder, ("ant", second), [part], n=1)
-    flags, fragment = REFUSED[case]
-    assert rb.main(["--student", *NAMED, "--teacher", str(trained / "teacher.pt"), *FLAGS, "--data",
-                    str(trained / "data"), "--out", str(tmp_path / "out.pt"),
-                    *(f.replace("@", str(tmp_path)) for f in flags)]) == 2
+    main, *base = {"eval": (ev.main, "--model", str(trained / "robust.pt"), *EVAL, "--json"),
+                   "robustify": (rb.main, "--student", *NAMED, *FLAGS, "--teacher",
+                                 str(trained / "teacher.pt"), "--out")}[script]
+    assert main([*base, str(tmp_path / "out"), "--data", str(trained / "data"),
+                 *(f.replace("@", str(tmp_path)) for f in flags)]) == 2
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("robustify.py: ") and fragment in line and "Traceback" not in line
-    assert not list(tmp_path.glob("out.pt*"))
-
-@pytest.mark.parametrize("flags, fragment", [
-    (["--data", "nowhere"], "nowhere"), (["--model", "no.pt"], "no.pt"),
-    (["--corrupt", "rain"], "rain"), (["--severity", "6"], "--severity"), (["--wings"], "--wings"),
-    (["--model", "resnet_of_mine"], "resnet_of_mine"), (["--data", "other"], "cow")])
-def test_eval_refusals_are_one_line(flags, fragment, trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make_folder(tmp_path / "other", ("ant", "cow"), ["val"], n=1)
-    assert ev.main(["--data", str(trained / "data"), "--model", str(trained / "robust.pt"), *EVAL,
-                    "--json", "out.json", *flags]) == 2
-    line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("eval.py: ") and fragment in line and "Traceback" not in line
-    assert not (tmp_path / "out.json").exists()
+    assert line.startswith(f"{script}.py: ") and fragment in line and "Traceback" not in line
+    assert not list(tmp_path.glob("out*"))
