@@ -198,7 +198,7 @@ def columns(classes, model):
     outputs, names = model.outputs, model.class_names
     if names is None and outputs == 1000:
         names = timm.data.ImageNetInfo("imagenet-1k").label_names()
-    if all(c.isdigit() for c in classes) and not (names and set(classes) <= set(names)):
+    if all(c.isdigit() for c in classes) and not all(n.isdigit() for n in names or ["unnamed"]):
         index = [int(c) for c in classes]
         if max(index) < outputs:
             return index
@@ -214,8 +214,8 @@ def columns(classes, model):
 def load_model(name, config, classes):
     """A plug-in or a network for --model NAME, with .name, .size, .outputs and .class_names."""
     saved = read_tensors(name) if name.endswith(".pt") else {}
-    if saved.get("format") == "robustify plug-in":
-        known = set(saved["class_names"] or classes)
+    if isinstance(saved, dict) and saved.get("format") == "robustify plug-in":
+        known = set(saved.get("class_names") or classes)
         swap = saved["config"]["zero_shot"] and not set(classes) <= known
         model = load(name, class_names=classes if swap else None)
     else:
@@ -227,6 +227,7 @@ def load_model(name, config, classes):
     with torch.no_grad():
         model.outputs = model.predict(torch.zeros(1, 3, model.size, model.size,
                                                   device=config.device)).probabilities.shape[-1]
+    columns(classes, model)  # refuses other classes before anything is measured
     return model
 
 

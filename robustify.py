@@ -30,7 +30,6 @@ import io
 import json
 import logging
 import os
-import pickle
 import re
 import sys
 import time
@@ -355,7 +354,7 @@ class Views(Dataset):
             try:
                 image = v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
                 return image, label, index if step else -1
-            except (OSError, SyntaxError, ValueError):  # what Pillow raises for broken files
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's
                 continue
         raise Refusal(f"{path}: none of the images can be read")
 
@@ -445,7 +444,7 @@ def sections(net):
         pool = Part(net.head, {"global_pool", "norm", "flatten", "pre_logits"},
                     lambda n, x: n.pre_logits(n.flatten(n.norm(n.global_pool(x)))))
         return net.stem, blocks, nn.Sequential(net.norm_pre, pool), net.head.fc
-    if kind.endswith("ResNet"):
+    if kind in ("open_clip ModifiedResNet", "timm ResNet", "torchvision ResNet"):
         blocks = [block for i in "1234" for block in getattr(net, f"layer{i}")]
         if kind.startswith("open_clip"):
             stem = Part(net, names - {"attnpool"}, lambda n, x: n.stem(x))
@@ -532,7 +531,10 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
     try:
         whole, net, *others = (build_unimodal if unimodal else build_clip)(
             name, tag, image_size, model_args or {})
-        if tag is None and 0 < image_size <= 64 and hasattr(net, "maxpool"):
+        if 0 < image_size <= 64 and hasattr(net, "maxpool"):
+            if tag is not None:
+                raise Refusal(f"--image-size {image_size}: {name} gets a 3x3 stem at this size, which "
+                              "pretrained weights do not fit; give --pretrained none or NAME:FILE")
             first, *rest = layers(net.conv1)  # a strided 7x7 stem is wrong here: 3x3, no pooling
             small = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=False)
             net.conv1, net.maxpool = nn.Sequential(small, *rest) if rest else small, nn.Identity()
@@ -551,10 +553,9 @@ def build_clip(name, tag, image_size, args):
     """(whole, image tower, size, mean, std, text_embeddings). OpenAI's weights need QuickGELU."""
     tag = "openai" if tag == "" else tag
     known = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    logging.disable(logging.WARNING)  # about random weights, and what force_quick_gelu mends
+    logging.getLogger().setLevel(logging.ERROR)  # it warns of what force_quick_gelu mends
     clip = open_clip.create_model(name, pretrained=tag, force_image_size=image_size or None,
                                   force_quick_gelu=known.get("quick_gelu", False), **args).eval()
-    logging.disable(logging.NOTSET)
     tokenizer, prepare = open_clip.get_tokenizer(name), clip.visual.preprocess_cfg
 
     def text_embeddings(names):
@@ -597,9 +598,9 @@ def read_tensors(path, kind=None):
         raise Refusal(f"{path}: no such file; make it with: python robustify.py {how} --out {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # a broken file may raise anything; a pickle's code never runs
         raise Refusal(f"{path}: not a readable checkpoint (truncated, of another format, or with "
-                      "code in it, which never runs); make or download it again") from error
+                      "code in it); make or download it again") from error
     if kind and (not isinstance(content, dict) or content.get("format") != f"robustify {kind}"):
         raise Refusal(f"{path}: not a {kind} that robustify.py wrote")
     return content
@@ -641,7 +642,7 @@ def load(path, backbone=None, shared=None, head=None, class_names=None):
     config = Config(**saved["config"])
     if backbone is not None:
         student = RobustStudent(backbone, shared, head, config)
-    elif not config.student:
+    elif "split" not in saved:
         raise Refusal(f"{path}: tuned on modules of your own; give backbone, shared and head")
     else:
         beside = Path(path).with_name(Path(config.student).name)  # where both files were moved
@@ -750,8 +751,8 @@ def prepare(name, kind, config, teacher=None):
         if classes is not None and list(classes) != names:
             raise Refusal(f"{what} has {len(classes)} classes ({', '.join(classes[:3])} ...), but "
                           f"--data {len(names)} ({', '.join(names[:3])} ...): they must agree")
-    if teacher and teacher.classifier.out_features != len(names):
-        raise Refusal(f"--teacher {config.teacher} has {teacher.classifier.out_features} classes, "
+    if teacher and len(teacher.classifier.weight) != len(names):
+        raise Refusal(f"--teacher {config.teacher} has {len(teacher.classifier.weight)} classes, "
                       f"--data has {len(names)}")
     network.class_names = names
     give_classifier(network, samples, config)
@@ -889,8 +890,14 @@ def main(arguments=None):
         config.out = config.out or ("teacher.pt" if config.make_teacher else "robust.pt")
         if not Path(config.out).parent.is_dir():
             raise Refusal(f"--out {config.out}: make its folder first")
-        if config.epochs < 1 or config.seed < 0 or config.passes < 1:
-            raise Refusal("--epochs and --passes must be at least 1, --seed at least 0")
+        if config.out in (config.student, config.teacher, config.make_teacher):
+            raise Refusal(f"--out {config.out}: would overwrite what it is made from")
+        for name, low, high in (("epochs", 1, 1e9), ("passes", 1, 1e9), ("batch_size", 1, 1e9),
+                                ("severity", 1, 10), ("dropout", 0, 0.99), ("head_blocks", 0, 1e9),
+                                ("block_dropout", 0, 0.99), ("seed", 0, 1e9), ("limit", 0, 1e9),
+                                ("workers", 0, 1e9), ("image_size", 0, 1e9)):
+            if not low <= getattr(config, name) <= high:
+                raise Refusal(f"--{name.replace('_', '-')}: from {low} to {high:g}")
         if PROCESSES > 1:
             torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
             if config.device == "cuda":
