@@ -512,7 +512,7 @@ def assemble(network, at, config):
 def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
     """A Network by open_clip, timm or torchvision name, NAME:FILE, or a .pt of --make-teacher.
 
-    Random weights (`none`) come from `seed`. Raises Refusal, and OSError where it cannot download.
+    Random weights (`none`) come from `seed`. Raises Refusal.
     """
     if name.endswith(".pt") and ":" not in name:
         saved = read_tensors(name, "network")
@@ -533,8 +533,8 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
             name, tag, image_size, model_args or {})
         if 0 < image_size <= 64 and hasattr(net, "maxpool"):
             if tag is not None:
-                raise Refusal(f"--image-size {image_size}: {name} gets a 3x3 stem at this size, which "
-                              "pretrained weights do not fit; give --pretrained none or NAME:FILE")
+                raise Refusal(f"--image-size {image_size}: {name} gets a 3x3 stem, for which there "
+                              "are no weights; give --pretrained none or NAME:FILE")
             first, *rest = layers(net.conv1)  # a strided 7x7 stem is wrong here: 3x3, no pooling
             small = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=False)
             net.conv1, net.maxpool = nn.Sequential(small, *rest) if rest else small, nn.Identity()
@@ -542,8 +542,9 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
             state = read_tensors(file)
             state = state.get("state_dict", state.get("model", state))
             whole.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-    except (RuntimeError, TypeError, ValueError, KeyError) as error:  # unknown tag, unfit weights
-        raise Refusal(f"{name}: {str(error)[:300]}") from error
+    except (RuntimeError, TypeError, ValueError, KeyError, OSError) as error:
+        # an unknown tag or argument, weights that do not fit or cannot be had
+        raise Refusal(f"{name}: {str(error)[:300]} (--pretrained takes TAG, FILE, none)") from error
     # What rebuilds the architecture; CLIP's tag also tells the activation.
     source = dict(name=name, pretrained="none" if unimodal else pretrained, image_size=image_size,
                   model_args=model_args, seed=seed)
