@@ -519,6 +519,7 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
         network = load_network(**saved["source"])
         network.classifier = classifier_from(saved["state"], "classifier.")
         network.load_state_dict(saved["state"])
+        network.stem[1] = v2.Normalize(*saved["mean_and_std"])  # a tag's may differ from its name's
         network.class_names = saved["class_names"]
         return network
     name, _, file = name.partition(":")
@@ -546,8 +547,8 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
         # an unknown tag or argument, weights that do not fit or cannot be had
         raise Refusal(f"{name}: {str(error)[:300]} (--pretrained takes TAG, FILE, none)") from error
     # What rebuilds the architecture; CLIP's tag also tells the activation.
-    source = dict(name=name, pretrained="none" if unimodal else pretrained, image_size=image_size,
-                  model_args=model_args, seed=seed)
+    source = dict(name=name, pretrained="none" if unimodal else pretrained,
+                  image_size=image_size or others[0], model_args=model_args, seed=seed)
     return Network(net, *others, source)
 
 def build_clip(name, tag, image_size, args):
@@ -803,7 +804,8 @@ def make_teacher(config):
     fit(lambda pixels, labels, _: teacher_loss(network, config.jsd, pixels, labels), network, views,
         validation, config, lambda: write_tensors(
             {"format": "robustify network", "source": network.source, "state": network.state_dict(),
-             "class_names": network.class_names}, config.out))
+             "class_names": network.class_names,
+             "mean_and_std": [list(network.stem[1].mean), list(network.stem[1].std)]}, config.out))
 
 def tune_student(config):
     """Sec. 4.3: cut the student, plug in the heads, tune them on D^a, write the plug-in."""
