@@ -93,7 +93,7 @@ class Config:
     workers: int = min(8, os.cpu_count() or 1)  # data loading processes, for each process
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
 
-# --- The student: M = M_h . M_s . M_b with three heads (Sec. 4.1, Fig. 4) -------------------------
+# --- The student: M = M_h . M_s . M_b (Eq. 1) with three heads (Sec. 4.1, Fig. 4) -----------------
 
 class BranchDropout(nn.Module):
     """Dropout on what a block adds to its input; a block that changes the shape gets none. (On the
@@ -180,7 +180,7 @@ class RobustStudent(nn.Module):
 
     @torch.no_grad()
     def predict(self, pixels, with_original=False):
-        """pixels (B, 3, H, W) in [0, 1] -> Prediction. Nothing is random: the masks are fixed."""
+        """pixels (B, 3, H, W) in [0, 1] -> Prediction. In eval mode nothing is random."""
         z = self.backbone(pixels)                                           # M_b, once
         if self.config.mc == "tuned":
             spread = self.mc_dropout_tuned(z)
@@ -500,7 +500,7 @@ def split(network, fraction, head_blocks):
     return min(range(n + 1), key=lambda k: abs(count(network.blocks[k:]) + rest - target)), n
 
 def assemble(network, at, config):
-    """RobustStudent of a Network cut at (K, N)."""
+    """RobustStudent of a Network cut at (K, N): M = M_h . M_s . M_b, Eq. 1."""
     blocks, (k, n) = list(network.blocks), at
     student = RobustStudent(nn.Sequential(network.stem, *blocks[:k]), nn.Sequential(*blocks[k:n]),
                             nn.Sequential(*blocks[n:], network.pool, network.classifier), config)
