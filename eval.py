@@ -27,8 +27,8 @@ import torchvision
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
-from robustify import (HEADS, Config, Refusal, Views, image_folder, load, load_network, measured,
-                       read_tensors, refuse)
+from robustify import (HEADS, Config, Refusal, Views, command, image_folder, load, load_network,
+                       measured, read_tensors, refuse)
 
 ALEXNET = dict(  # top-1 error of AlexNet [11], for mCE
     gaussian_noise=.886428, shot_noise=.894468, impulse_noise=.922640, defocus_blur=.819880,
@@ -212,22 +212,22 @@ def columns(classes, model):
 
 
 def load_model(name, config, classes):
-    """A plug-in or a network for --model NAME, with .name, .size, .outputs and .class_names."""
+    """A plug-in or a network for --model NAME, with .name, .size, .class_names, .outputs (their
+    number) and .columns (those of `classes`). Raises Refusal before anything is measured."""
     saved = read_tensors(name) if name.endswith(".pt") else {}
     if isinstance(saved, dict) and saved.get("format") == "robustify plug-in":
         known = set(saved.get("class_names") or classes)
         swap = saved["config"]["zero_shot"] and not set(classes) <= known
         model = load(name, class_names=classes if swap else None)
+        model.outputs = model.classes
     else:
         model = load_network(name, config.pretrained)
         if model.classifier is None:
             raise Refusal(f"--model {name}: has no classifier; tune it with robustify.py first")
+        model.outputs = len(model.classifier.weight)
     model.name, model.heads_of = Path(name).name.removesuffix(".pt"), getattr(model, "heads", {})
     model.to(config.device, memory_format=torch.channels_last).eval()
-    with torch.no_grad():
-        model.outputs = model.predict(torch.zeros(1, 3, model.size, model.size,
-                                                  device=config.device)).probabilities.shape[-1]
-    columns(classes, model)  # refuses other classes before anything is measured
+    model.columns = torch.tensor(columns(classes, model), device=config.device)
     return model
 
 
@@ -250,16 +250,15 @@ def measure(models, group, config):
             images = corrupt((pixels * 255).round().byte(), shift.corruption, shift.severity,
                              indices, config.seed) / 255 if shift.made else pixels
             for model in models:
-                for key, right in judge(model, images, labels, shift.classes).items():
+                for key, right in judge(model, images, labels).items():
                     row.setdefault((model.name, key), []).append(right.cpu())
     return [{key: torch.cat(parts).numpy() for key, parts in row.items()} for row in rows]
 
 
-def judge(model, pixels, labels, classes):
-    """{predictor: (B,) bool} of one batch; labels index `classes`."""
-    index = torch.tensor(columns(classes, model), device=labels.device)
+def judge(model, pixels, labels):
+    """{predictor: (B,) bool} of one batch; labels index model.columns."""
+    index, right = model.columns, {}
     prediction = model.predict(pixels, with_original=True)
-    right = {}
     for name, p in prediction.everyone.items():
         right[name] = p[:, index].argmax(-1) == labels
         if len(index) < model.outputs:
@@ -344,13 +343,7 @@ def report(models, group, rows, clean):
 
 def main(arguments=None):
     """The command line; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        run(arguments)
-    except (Refusal, OSError) as error:
-        print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return command(run, arguments)
 
 
 def run(arguments):

@@ -662,6 +662,7 @@ def load(path, backbone=None, shared=None, head=None, class_names=None):
         if backbone is not None or not config.zero_shot:
             raise Refusal(f"{path}: only a CLIP student of --zero-shot takes new class names")
         weight, student.class_names = network.text_embeddings(class_names)[0], class_names
+        student.classes = len(class_names)
         for module in student.modules():
             if isinstance(module, CosineClassifier):
                 module.weight = weight
@@ -879,42 +880,51 @@ def parse(arguments):
         how = how.get(f.type, {"type": f.type, "choices": choices.get(f.name)})
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default,
                             help=comments[f.name], **how)
-    return Config(**vars(parser.parse_args(arguments)))
+    config = Config(**vars(parser.parse_args(arguments)))
+    config.out = config.out or ("teacher.pt" if config.make_teacher else "robust.pt")
+    if not Path(config.out).parent.is_dir():
+        raise Refusal(f"--out {config.out}: make its folder first")
+    if config.out in (config.student, config.teacher, config.make_teacher):
+        raise Refusal(f"--out {config.out}: would overwrite what it is made from")
+    for name, low, high in (("epochs", 1, 1e9), ("passes", 1, 1e9), ("batch_size", 1, 1e9),
+                            ("severity", 1, 10), ("dropout", 0, 0.99), ("head_blocks", 0, 1e9),
+                            ("block_dropout", 0, 0.99), ("seed", 0, 1e9), ("limit", 0, 1e9),
+                            ("workers", 0, 1e9), ("image_size", 0, 1e9)):
+        if not low <= getattr(config, name) <= high:
+            raise Refusal(f"--{name.replace('_', '-')}: from {low} to {high:g}")
+    return config
 
 def refuse(message):
     """Raises Refusal: what argparse shall do with an error."""
     raise Refusal(message)
 
-def main(arguments=None):
-    """The command line; returns the exit code, 2 after one line on stderr where it refuses."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+def run(arguments):
+    """What the command line asks for; raises Refusal and OSError."""
+    config = parse(arguments)
+    if PROCESSES > 1:
+        torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
+        if config.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not arguments:
+        demo()
+    elif config.make_teacher or config.student:
+        (make_teacher if config.make_teacher else tune_student)(config)
+    else:
+        raise Refusal("give --student or --make-teacher, or no argument at all for the demo")
+
+def command(run, arguments=None):
+    """run(arguments) -> exit code: 2, after one line on stderr, for a Refusal or OSError."""
     try:
-        config = parse(arguments)
-        config.out = config.out or ("teacher.pt" if config.make_teacher else "robust.pt")
-        if not Path(config.out).parent.is_dir():
-            raise Refusal(f"--out {config.out}: make its folder first")
-        if config.out in (config.student, config.teacher, config.make_teacher):
-            raise Refusal(f"--out {config.out}: would overwrite what it is made from")
-        for name, low, high in (("epochs", 1, 1e9), ("passes", 1, 1e9), ("batch_size", 1, 1e9),
-                                ("severity", 1, 10), ("dropout", 0, 0.99), ("head_blocks", 0, 1e9),
-                                ("block_dropout", 0, 0.99), ("seed", 0, 1e9), ("limit", 0, 1e9),
-                                ("workers", 0, 1e9), ("image_size", 0, 1e9)):
-            if not low <= getattr(config, name) <= high:
-                raise Refusal(f"--{name.replace('_', '-')}: from {low} to {high:g}")
-        if PROCESSES > 1:
-            torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
-            if config.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if not arguments:
-            demo()
-        elif config.make_teacher or config.student:
-            (make_teacher if config.make_teacher else tune_student)(config)
-        else:
-            raise Refusal("give --student or --make-teacher, or no argument at all for the demo")
+        run(sys.argv[1:] if arguments is None else arguments)
     except (Refusal, OSError) as error:
-        print(f"robustify.py: {' '.join(str(error).split())}", file=sys.stderr)
+        program = Path(run.__code__.co_filename).name
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+def main(arguments=None):
+    """The command line; returns the exit code."""
+    return command(run, arguments)
 
 if __name__ == "__main__":
     sys.exit(main())
