@@ -2,33 +2,49 @@
 
     python eval.py                                                # what the demo left in demo/
     python eval.py --data imagenet-c/                             # --model robust.pt
-    python eval.py --data cifar10/test --corrupt --model student.pt teacher.pt robust.pt
+    python eval.py --data imagenet/ imagenetv2/ imagenet-r/ imagenet-c/ --model apt.pt robust.pt
+    python eval.py --data objectnet/ --corrupt --frost frost/     # ObjectNet-C, made in memory
+    python eval.py --data imagenet-c/ --model resnet50 ViT-B-32 --plot severity.png    # Sec. 3
+    python eval.py --transfer flowers/                            # linear probes, Tables 1 and 3
+    python eval.py --cost                                         # latency columns
 
-Folders are recognised by their layout: ImageNet-C (CORRUPTION/SEVERITY/CLASS/), numeric class
-folders (ImageNetV2: the folder is the label), a subset of the model's classes by folder name
-(ImageNet-R, -A: logits are sliced to the subset; the row "of all" decides among all classes), any
-class folders. A model is a plug-in (robust.pt), a network of --make-teacher, or a name that
-robustify.py knows. Of a plug-in every predictor is measured in one pass: the original, each head,
-the selected one, and the oracle, which is right where the clean or the unclean head is.
+A folder is recognised by its layout: ImageNet-C (CORRUPTION/SEVERITY/CLASS/), CIFAR-10-C (arrays
+CORRUPTION.npy beside labels.npy), ObjectNet (images/ and mappings/), numeric class folders
+(ImageNetV2: the folder is the label), a subset of the model's classes by folder name (ImageNet-R,
+-A: decided among the subset; the row "of all" among all classes), any class folders. One named val
+or test, or that holds one, is the clean set; the others are shifts, averaged at the end.
+
+Of a plug-in each predictor is measured in one pass: the original, each head, the selected one, and
+the oracle, which is right where the clean or the unclean head is.
 """
 
 import argparse
+import functools
+import io
 import json
 import math
+import os
 import sys
-from dataclasses import dataclass, replace
+import time
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import timm
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+from tqdm import tqdm
 
-from robustify import (HEADS, Config, Refusal, Views, command, image_folder, load, load_network,
-                       measured, read_tensors, refuse)
+from robustify import (HEADS, PROCESSES, RANK, RECIPES, Config, Refusal, RobustStudent, Views,
+                       command, count, image_folder, join_processes, linear_probe, load,
+                       load_network, measured, name_classes, read_tensors, refuse, student_loss)
 
 ALEXNET = dict(  # top-1 error of AlexNet [11], for mCE
     gaussian_noise=.886428, shot_noise=.894468, impulse_noise=.922640, defocus_blur=.819880,
@@ -36,375 +52,873 @@ ALEXNET = dict(  # top-1 error of AlexNet [11], for mCE
     fog=.819324, brightness=.564592, contrast=.853204, elastic_transform=.646056,
     pixelate=.717840, jpeg_compression=.606500)
 ALEXNET_CLEAN = 0.43478
-
+DEMO = ["speckle_noise", "gaussian_blur", "saturate", "impulse_noise", "defocus_blur",
+        "jpeg_compression"]
 
 # --- Corruptions [11], batched; parameters for severity 1-5 at 224, 64 and 32 px ------------------
 
+CORRUPTIONS = {}  # name -> (function of x (B, 3, n, n) in [0, 1], draws, parameters), parameters
+SIZES = (224, 64, 32)
+ROUNDING = 1e-4  # the original truncates to 8 bits: keeps what is exact there exact in float32
 
-PARAMETERS = {
-    "gaussian_noise": {224: (.08, .12, .18, .26, .38), 64: (.04, .08, .12, .15, .18),
-                       32: (.04, .06, .08, .09, .1)},
-    "shot_noise": {224: (60, 25, 12, 5, 3), 64: (250, 100, 50, 30, 15),
-                   32: (500, 250, 100, 75, 50)},
-    "impulse_noise": {224: (.03, .06, .09, .17, .27), 64: (.01, .02, .05, .08, .14),
-                      32: (.01, .02, .03, .05, .07)},
-    "defocus_blur": {224: ((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)),
-                     64: ((.5, .6), (1, .1), (1.5, .1), (2.5, .01), (3, .1)),
-                     32: ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))},
-    "brightness": {224: (.1, .2, .3, .4, .5), 64: (.1, .2, .3, .4, .5),
-                   32: (.05, .1, .15, .2, .3)},
-    "contrast": {224: (.4, .3, .2, .1, .05), 64: (.4, .3, .2, .1, .05), 32: (.75, .5, .4, .3, .15)},
-    "pixelate": {224: (.6, .5, .4, .3, .25), 64: (.9, .8, .7, .6, .5),
-                 32: (.95, .9, .85, .75, .65)},
-    "jpeg_compression": {224: (25, 18, 15, 10, 7), 64: (65, 58, 50, 40, 25),
-                         32: (80, 65, 58, 50, 40)},
-    "speckle_noise": {224: (.15, .2, .35, .45, .6), 64: (.15, .2, .25, .3, .35),
-                      32: (.06, .1, .12, .16, .2)},
-    "gaussian_blur": {224: (1, 2, 3, 4, 6), 64: (.5, .75, 1, 1.25, 1.5), 32: (.4, .6, .7, .8, 1)},
-    "saturate": {224: ((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)),
-                 64: ((.3, 0), (.1, 0), (2, 0), (5, .1), (30, .2)),
-                 32: ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))},
-}
-DEMO = "speckle_noise gaussian_blur saturate impulse_noise defocus_blur jpeg_compression".split()
+def corruption(*parameters):
+    """Register a function under its name; the parameters of each of SIZES, for five severities."""
+    def register(function):
+        CORRUPTIONS[function.__name__] = function, dict(zip(SIZES, parameters))
+        return function
+    return register
 
+@dataclass
+class Draws:
+    """Random numbers of a batch: those of an image come from its own generator."""
+    generators: list
+    device: torch.device
+    frost: str = None  # folder of the frost photos
 
-def filtered(x, kernel, mode):
-    """x (B, 3, H, W) under a kernel (h, w), each channel alone; `mode` names the border."""
-    h, w = kernel.shape
-    x = F.pad(x, (w // 2, w // 2, h // 2, h // 2), mode=mode)
-    return F.conv2d(x, kernel.to(x).expand(3, 1, h, w), groups=3)
+    def each(self, draw, *columns):
+        rows = zip(self.generators, *columns)
+        return torch.stack([draw(*row) for row in rows]).to(self.device)
 
+    def normal(self, like):
+        return self.each(lambda g: torch.randn(like.shape[1:], generator=g))
 
-def gaussian_kernel(sigma, radius):
-    """Normalised Gaussian of 2 * radius + 1 taps, (1, taps)."""
-    kernel = torch.exp(-torch.arange(-radius, radius + 1.0)**2 / (2 * sigma**2))[None]
-    return kernel / kernel.sum()
+    def uniform(self, low, high, *shape):
+        return self.each(lambda g: torch.empty(shape).uniform_(low, high, generator=g))
 
+@corruption((.08, .12, .18, .26, .38), (.04, .08, .12, .15, .18), (.04, .06, .08, .09, .1))
+def gaussian_noise(x, draws, sigma):
+    return x + sigma * draws.normal(x)
 
-def disk_kernel(radius, alias):
-    """A disk smoothed by a Gaussian of sigma `alias`."""
-    grid = torch.arange(-max(8, radius), max(8, radius) + 1.0)
+@corruption((60, 25, 12, 5, 3), (250, 100, 50, 30, 15), (500, 250, 100, 75, 50))
+def shot_noise(x, draws, rate):
+    return draws.each(lambda g, image: torch.poisson(image, g), (x * rate).cpu()) / rate
+
+@corruption((.03, .06, .09, .17, .27), (.01, .02, .05, .08, .14), (.01, .02, .03, .05, .07))
+def impulse_noise(x, draws, amount):
+    u = draws.uniform(0, 1, *x.shape[1:])
+    return torch.where(u < amount / 2, 0, torch.where(u < amount, 1, x))
+
+@corruption(((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)),
+            ((.5, .6), (1, .1), (1.5, .1), (2.5, .01), (3, .1)),
+            ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)))
+def defocus_blur(x, draws, radius, alias):
+    """A disk, smoothed by a Gaussian of sigma `alias`."""
+    grid, reach = torch.arange(-max(8, radius), max(8, radius) + 1.0), 1 if radius <= 8 else 2
     disk = (grid[:, None]**2 + grid**2 <= radius**2).float()
-    blur = gaussian_kernel(alias, 1 if radius <= 8 else 2)
-    pad = blur.shape[1] // 2
-    disk = F.pad((disk / disk.sum())[None, None], (pad,) * 4, mode="reflect")
-    return F.conv2d(disk, (blur.T @ blur)[None, None])[0, 0]
+    blur = (-torch.arange(-reach, reach + 1)**2 / (2 * alias**2)).softmax(0)
+    disk = F.pad((disk / disk.sum())[None, None], (reach,) * 4, mode="reflect")
+    kernel, edge = F.conv2d(disk, torch.outer(blur, blur)[None, None]).to(x), len(grid) // 2
+    return F.conv2d(F.pad(x, (edge,) * 4, mode="reflect"), kernel.expand(3, -1, -1, -1), groups=3)
 
+def gaussian(x, sigma, truncate=4, mirror=False):
+    """Gaussian filter over the last two axes (n, n), cut at truncate * sigma: a product from each
+    side. Edges are repeated, or mirrored as often as the kernel leaves the image."""
+    n, radius = x.shape[-1], int(truncate * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1)
+    reads = torch.arange(n)[:, None] + offsets
+    if mirror:
+        reads = torch.minimum(reads % (2 * n), 2 * n - 1 - reads % (2 * n))
+    kernel = (-offsets**2 / (2 * sigma**2)).softmax(0).expand(n, -1)
+    matrix = torch.zeros(n, n).scatter_add_(1, reads.clamp(0, n - 1), kernel).to(x)
+    return matrix @ x @ matrix.T
 
-def saturation(x, factor, shift):
-    """HSV saturation s -> clip(s * factor + shift, 0, 1): channels move away from the value v."""
-    v = x.amax(1, keepdim=True)
-    s = (v - x.amin(1, keepdim=True)) / v.clamp_min(1e-8)
-    target = (s * factor + shift).clamp(0, 1)
-    grey = s < 1e-8  # hue 0: an added saturation turns grey to red
-    away = torch.where(grey, torch.tensor([0., 1, 1]).to(x)[:, None, None] * v * target,
-                       (v - x) * target / s.clamp_min(1e-8))
-    return v - away
+@corruption(((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+            ((.1, 1, 1), (.5, 1, 1), (.6, 1, 2), (.7, 2, 1), (.9, 2, 2)),
+            ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)))
+def glass_blur(x, draws, sigma, shift, rounds):
+    """Blur, let pixels read others at random shifts, blur. A round goes from the bottom right to
+    the top left and reads what it wrote before: chains, followed twice as far at each step."""
+    n = x.shape[-1]
+    x = (gaussian(x, sigma) * 255 + ROUNDING).floor() / 255
+    moves = draws.each(lambda g: torch.randint(-shift, shift, (rounds, 2, n * n), generator=g))
+    own = torch.arange(n * n, device=x.device).expand(len(x), -1)
+    low, high = torch.minimum(own // n, own % n), torch.maximum(own // n, own % n)
+    inner, reads = (low > shift) & (high <= n - shift), own
+    for down, right in (move.unbind(1) for move in moves.unbind(1)):
+        target = torch.where(inner, own + n * down + right, own)
+        written = inner.gather(1, target) & (target > own)
+        follow, further = own, torch.where(written, target, own)
+        while not torch.equal(follow, further):
+            follow, further = further, further.gather(1, further)
+        reads = reads.gather(1, target.gather(1, follow))
+    return gaussian(x.flatten(2).gather(2, reads[:, None].expand(-1, 3, -1)).view_as(x), sigma)
 
+@corruption(((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+            ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
+            ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)))
+def motion_blur(x, draws, radius, sigma, low=-45, high=45):
+    """ImageMagick's: a one-sided Gaussian along a line at a random angle, in whole pixels."""
+    n, width = x.shape[-1], 2 * radius + 1
+    weights = (-torch.arange(width)**2 / (2 * sigma**2)).softmax(0).tolist()
+    blurred, padded = torch.zeros_like(x), F.pad(x, (width,) * 4, mode="replicate")
+    for image, source, angle in zip(blurred, padded, draws.uniform(low, high).deg2rad().tolist()):
+        for i, weight in enumerate(weights):
+            top, left = (width + math.ceil(i * f(angle) - 0.5) for f in (math.sin, math.cos))
+            image.add_(source[:, top:top + n, left:left + n], alpha=weight)
+    return blurred
 
-def box(x, scale):
-    """Down to int(n * scale) and up again with Pillow's BOX filter, through 8 bits."""
-    done = []
-    for image in (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
-        h, w = image.shape[:2]
-        small = Image.fromarray(image).resize((int(w * scale), int(h * scale)), Image.BOX)
-        done.append(np.asarray(small.resize((w, h), Image.BOX)))
-    return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).to(x.device) / 255
+def zoomed(x, factor):
+    """The centre of x magnified by `factor`, as scipy's zoom of order 1 trimmed to the middle."""
+    n = x.shape[-1]
+    crop = math.ceil(n / factor)
+    size, top = round(crop * factor), (n - crop) // 2
+    x = F.interpolate(x[..., top:top + crop, top:top + crop], size=(size, size), mode="bilinear",
+                      align_corners=True)
+    trim = (size - n) // 2
+    return x[..., trim:trim + n, trim:trim + n]
 
+@corruption(((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
+            *[((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01))] * 2)
+def zoom_blur(x, draws, stop, step):
+    return torch.stack([x, *(zoomed(x, z) for z in np.arange(1, stop, step))]).mean(0)
 
-def jpeg(x, quality):
-    """Encode and decode, with torchvision's CPU codec."""
-    images = encode_jpeg(list((x * 255).round().byte().cpu()), quality)
-    return torch.stack(decode_jpeg(images, ImageReadMode.RGB)).to(x.device) / 255
+@corruption(((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
+             (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)),
+            *[((.1, .2, 1, .6, 8, 3, a), (.1, .2, 1, .5, 10, 4, b), (.15, .3, 1.75, .55, 10, 4, c),
+               (.25, .3, 2.25, .6, 12, 6, d), (.3, .3, 1.25, .65, 14, 12, e))
+              for a, b, c, d, e in ((.8, .8, .7, .65, .6), (.95, .9, .9, .85, .8))])
+def snow(x, draws, mean, std, zoom, threshold, radius, sigma, mix):
+    flakes = zoomed(mean + std * draws.normal(x[:, :1]), zoom)
+    flakes = (torch.where(flakes < threshold, 0, flakes).clamp(0, 1) * 255).floor() / 255
+    flakes = motion_blur(flakes, draws, radius, sigma, -135, -45)
+    grey = v2.functional.rgb_to_grayscale(x)
+    x = mix * x + (1 - mix) * torch.maximum(x, 1.5 * grey + 0.5)
+    return x + flakes + flakes.rot90(2, (2, 3))
 
+@functools.lru_cache
+def frost_photos(folder, scale):
+    """The first five photos (the sixth was never drawn), (3, H, W) in [0, 1]; raises Refusal."""
+    files = sorted(Path(folder).glob("frost*.*"))[:5]
+    if len(files) < 5:
+        raise Refusal(f"--frost {folder}: needs ImageNet-C's photos, frost1 to frost5")
+    photos = [v2.functional.pil_to_tensor(Image.open(f).convert("RGB"))[None] / 255 for f in files]
+    return [F.interpolate(p, size=[round(n * scale) for n in p.shape[2:]], mode="bilinear")[0]
+            for p in photos]
 
-def corrupt(images, name, severity, indices, seed=0):
-    """images uint8 (B, 3, n, n) -> likewise; each by its own generator of (seed, index, corruption,
-    severity), so that a result does not depend on its batch. `indices` number the images."""
-    size = min((224, 64, 32), key=lambda n: abs(n - images.shape[-1]))
-    c, x = PARAMETERS[name][size][severity - 1], images.float() / 255
+@corruption(((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)),
+            ((1, .3), (.9, .4), (.8, .45), (.75, .5), (.7, .55)),
+            ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45)))
+def frost(x, draws, weight, amount):
+    n = x.shape[-1]
+    photos = frost_photos(draws.frost, {224: 1, 64: 0.3, 32: 0.2}[nearest(n)])
+    below = lambda limit, g: int(torch.randint(limit, (), generator=g))
 
-    def drawn(draw):
-        """draw(generator) of every image, stacked."""
-        key = list(PARAMETERS).index(name)
-        seeds = [np.random.SeedSequence((seed, int(i), key, severity)).generate_state(1)[0]
-                 for i in indices]
-        return torch.stack([draw(torch.Generator().manual_seed(int(s))) for s in seeds]).to(x)
+    def crop(g):
+        photo = photos[below(5, g)]
+        top, left = below(photo.shape[1] - n, g), below(photo.shape[2] - n, g)
+        return photo[:, top:top + n, left:left + n]
 
-    normal = lambda: drawn(lambda g: torch.randn(x.shape[1:], generator=g))
-    if name == "gaussian_noise":
-        x = x + c * normal()
-    elif name == "shot_noise":
-        rate = iter((x * c).cpu())
-        x = drawn(lambda g: torch.poisson(next(rate), generator=g)) / c
-    elif name == "impulse_noise":
-        u = drawn(lambda g: torch.rand(x.shape[1:], generator=g))
-        x = torch.where(u < c / 2, 0, torch.where(u < c, 1, x))
-    elif name == "speckle_noise":
-        x = x + x * c * normal()
-    elif name == "gaussian_blur":
-        kernel = gaussian_kernel(c, int(4 * c + 0.5))
-        x = filtered(filtered(x, kernel, "replicate"), kernel.T, "replicate")
-    elif name == "defocus_blur":
-        x = filtered(x, disk_kernel(*c), "reflect")
-    elif name == "brightness":
-        v = x.amax(1, keepdim=True)
-        x = torch.where(v > 0, x / v.clamp_min(1e-8), 1) * (v + c).clamp_max(1)
-    elif name == "contrast":
-        mean = x.mean((2, 3), keepdim=True)
-        x = (x - mean) * c + mean
-    elif name == "saturate":
-        x = saturation(x, *c)
-    elif name == "pixelate":
-        x = box(x, c)
-    else:
-        x = jpeg(x, c)
-    # The original truncates to 8 bits; 1e-4 of a level keeps what is exact there exact in float32.
-    return (x.clamp(0, 1) * 255 + 1e-4).byte()
+    return weight * x + amount * draws.each(crop)
 
+def plasma(n, decay, generator):
+    """A diamond-square fractal (n, n) in [0, 1], cut from a map of the next power of two."""
+    step, amplitude = 1 << (n - 1).bit_length(), 100.0
+    cloud = torch.zeros(step, step)
+    jitter = lambda total: total / 4 + amplitude * torch.empty_like(total).uniform_(
+        -amplitude, amplitude, generator=generator)
+    while step >= 2:
+        half, corners = step // 2, cloud[::step, ::step]
+        pairs = corners + corners.roll(-1, 0)
+        cloud[half::step, half::step] = centres = jitter(pairs + pairs.roll(-1, 1))
+        cloud[::step, half::step] = jitter(
+            centres + centres.roll(1, 0) + corners + corners.roll(-1, 1))
+        cloud[half::step, ::step] = jitter(centres + centres.roll(1, 1) + pairs)
+        step, amplitude = half, amplitude / decay
+    cloud = cloud - cloud.min()
+    return (cloud / cloud.max())[:n, :n]
+
+@corruption(((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+            ((.4, 3), (.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
+            ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)))
+def fog(x, draws, amount, decay):
+    peak = x.amax((1, 2, 3), keepdim=True)
+    cloud = draws.each(lambda g: plasma(x.shape[-1], decay, g))[:, None]
+    return (x + amount * cloud) * peak / (peak + amount)
+
+@corruption((.1, .2, .3, .4, .5), (.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3))
+def brightness(x, draws, amount):
+    value = x.amax(1, keepdim=True)
+    return torch.where(value > 0, x / value.clamp_min(1e-8), 1) * (value + amount).clamp_max(1)
+
+@corruption((.4, .3, .2, .1, .05), (.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15))
+def contrast(x, draws, factor):
+    mean = x.mean((2, 3), keepdim=True)
+    return (x - mean) * factor + mean
+
+@corruption(((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88),
+             (29.28, 2.44, 4.88)),
+            ((0, 0, 5.12), (3.2, 19.2, 3.84), (6.4, 5.12, 3.84), (6.4, 1.92, 1.92),
+             (10.24, 1.92, 1.28)),
+            ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, .96, .96)))
+def elastic_transform(x, draws, alpha, sigma, affine):
+    """An affine map that moves three points, then smooth displacements; all in pixels."""
+    n = x.shape[-1]
+    old = (torch.tensor([[1.0, 1], [1, -1], [-1, -1]]) * (n // 3) + n // 2).to(x)
+    new = old + draws.uniform(-affine, affine, 3, 2)
+    back = torch.linalg.solve(F.pad(new, (0, 1), value=1), old.expand_as(new))
+    line = torch.arange(n, device=x.device)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).to(x)
+    at = F.pad(grid, (0, 1), value=1) @ back[:, None]
+    x = F.grid_sample(x, 2 * at / (n - 1) - 1, padding_mode="reflection", align_corners=True)
+    if not alpha:
+        return x
+    moves = gaussian(draws.uniform(-1, 1, 2, n, n), sigma, truncate=3, mirror=True)
+    at = grid + alpha * moves.permute(0, 2, 3, 1)
+    return F.grid_sample(x, (2 * at + 1) / n - 1, padding_mode="reflection", align_corners=False)
+
+def through_pillow(x, change):
+    """x with each image changed by change(Pillow image) -> Pillow image, through 8 bits."""
+    images = [change(v2.functional.to_pil_image(i)) for i in (x * 255).round().byte().cpu()]
+    return torch.stack([v2.functional.pil_to_tensor(i) for i in images]).to(x.device) / 255
+
+@corruption((.6, .5, .4, .3, .25), (.9, .8, .7, .6, .5), (.95, .9, .85, .75, .65))
+def pixelate(x, draws, scale):
+    n, box = x.shape[-1], Image.BOX
+    few = int(n * scale)
+    return through_pillow(x, lambda i: i.resize((few, few), box).resize((n, n), box))
+
+@corruption((25, 18, 15, 10, 7), (65, 58, 50, 40, 25), (80, 65, 58, 50, 40))
+def jpeg_compression(x, draws, quality):
+    def encoded(image):
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality)
+        return Image.open(file)
+
+    return through_pillow(x, encoded)
+
+# The validation corruptions, for tuning: never in a mean over the fifteen above.
+
+@corruption((.15, .2, .35, .45, .6), (.15, .2, .25, .3, .35), (.06, .1, .12, .16, .2))
+def speckle_noise(x, draws, sigma):
+    return x + x * sigma * draws.normal(x)
+
+@corruption((1, 2, 3, 4, 6), (.5, .75, 1, 1.25, 1.5), (.4, .6, .7, .8, 1))
+def gaussian_blur(x, draws, sigma):
+    return gaussian(x, sigma)
+
+@corruption(((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)),
+            ((.3, 0), (.1, 0), (2, 0), (5, .1), (30, .2)),
+            ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)))
+def saturate(x, draws, factor, shift):
+    """HSV saturation s -> clip(s * factor + shift, 0, 1): channels move away from the value."""
+    value = x.amax(1, keepdim=True)
+    s = (value - x.amin(1, keepdim=True)) / value.clamp_min(1e-8)
+    red = torch.tensor([0.0, 1, 1]).to(x)[:, None, None]  # grey has hue 0
+    away = torch.where(s < 1e-8, red * value, (value - x) / s.clamp_min(1e-8))
+    return value - away * (s * factor + shift).clamp(0, 1)
+
+def nearest(n):
+    """The size whose parameters serve n pixels."""
+    return min(SIZES, key=lambda size: abs(size - n))
+
+def corrupt(images, name, severity, indices, seed=0, frost=None):
+    """images uint8 (B, 3, n, n) -> likewise, under CORRUPTIONS[name] at severity 1 to 5.
+
+    `indices` number the images: each has its own generator, of (seed, index, name, severity), so
+    that a result does not depend on its batch. `frost` is the folder of the frost photos.
+    """
+    function, parameters = CORRUPTIONS[name]
+    parameters = parameters[nearest(images.shape[-1])][severity - 1]
+    key = list(CORRUPTIONS).index(name)
+    seeds = [np.random.SeedSequence((seed, int(i), key, severity)) for i in indices]
+    draws = Draws([torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in seeds],
+                  images.device, frost)
+    x = function(images.float() / 255, draws,
+                 *(parameters if isinstance(parameters, tuple) else [parameters]))
+    return (x.clamp(0, 1) * 255 + ROUNDING).byte()
 
 # --- Data: folder kinds, and which outputs of a model their classes are ---------------------------
 
-
 @dataclass
 class Shift:
-    """One test set: images as (path, label), class folders, and a corruption where it is one."""
+    """One test set: (path or (array file, row), label) of each image, and its class folders."""
     name: str
     samples: list
     classes: list
-    corruption: str = ""   # "" is clean
+    corruption: str = ""    # "" where there is none
     severity: int = 0
-    made: bool = False     # corrupted here, rather than read from a published tree
+    made: bool = False      # corrupted here, rather than published so
+    clean: bool = False     # the models' own test set, no shift
+    objectnet: dict = None  # ObjectNet: class folder -> outputs of an ImageNet model
 
+class Pictures(Views):
+    """Centre views of a Shift: to be corrupted here at 224 px, or their own size where smaller;
+    published corruptions as they are; else at `size`. ObjectNet first loses 2 px of border."""
+
+    def __init__(self, shift, size, made, args):
+        super().__init__(shift.samples, size, "centre", args)
+        self.border = 2 if shift.objectnet else 0
+        if made:
+            n = min(224, *self.read(0)[0].shape[1:])
+            self.centre = v2.Compose([v2.Resize(256 if n == 224 else n), v2.CenterCrop(n)])
+        elif shift.corruption:
+            self.centre = v2.Identity()
+
+    def read(self, index):
+        path, label = self.samples[index]
+        if isinstance(path, tuple):
+            image = np.load(path[0], mmap_mode="r")[path[1]]
+            return torch.from_numpy(image.copy()).permute(2, 0, 1), label, -1
+        image, label, unreadable = super().read(index)
+        height, width = image.shape[1:]
+        inside = slice(self.border, height - self.border), slice(self.border, width - self.border)
+        return image[:, *inside], label, unreadable
 
 def shifts(folder, corruptions, severities):
     """The test sets of a folder, told by its layout; raises Refusal."""
-    folder = Path(folder)
-    inner = [folder / n for n in ("val", "test") if (folder / n).is_dir()]
-    folder, name = (inner or [folder])[0], folder.name
-    published = sorted(d for d in folder.glob("*/[1-5]") if any(d.glob("*/*")))
+    folder, name = Path(folder), Path(folder).name
+    if (folder / "labels.npy").is_file():
+        labels = np.load(folder / "labels.npy").tolist()
+        n, classes = len(labels) // 5, [str(i) for i in range(max(labels) + 1)]
+        return [Shift(f"{name}/{file.stem}/{s + 1}", [((str(file), i), labels[i]) for i in range(
+            n * s, n * s + n)], classes, file.stem, s + 1)
+            for file in sorted(folder.glob("*.npy")) if file.stem != "labels" for s in range(5)]
+    published = sorted(d for depth in ("*", "*/*") for d in folder.glob(f"{depth}/[1-5]")
+                       if any(d.glob("*/*")))
     if published:
         return [Shift(f"{name}/{d.parent.name}/{d.name}", *image_folder(d), d.parent.name,
                       int(d.name)) for d in published]
-    samples, classes = image_folder(folder)
-    return [Shift(name, samples, classes)] + [
-        Shift(f"{name}/{c}/{s}", samples, classes, c, s, True)
-        for c in corruptions for s in severities]
+    folder = existing(folder, "val", "test")
+    plain = objectnet(folder) if (folder / "mappings").is_dir() else \
+        Shift(name, *image_folder(folder), clean=folder.name in ("val", "test"))
+    return [plain] + [replace(plain, name=f"{name}/{c}/{s}", corruption=c, severity=s, made=True,
+                              clean=False) for c in corruptions for s in severities]
 
+def existing(folder, *names):
+    """The first of folder/NAME that is a folder, else the folder itself."""
+    return next((Path(folder, n) for n in names if Path(folder, n).is_dir()), Path(folder))
 
-def columns(classes, model):
-    """Output index of each class folder: numeric folders are the index itself, others are looked up
-    among the model's class names (ImageNet's if 1000 are unnamed). Raises Refusal."""
-    outputs, names = model.outputs, model.class_names
-    if names is None and outputs == 1000:
-        names = timm.data.ImageNetInfo("imagenet-1k").label_names()
-    if all(c.isdigit() for c in classes) and not all(n.isdigit() for n in names or ["unnamed"]):
-        index = [int(c) for c in classes]
-        if max(index) < outputs:
-            return index
-    if names and set(classes) <= set(names):
-        return [list(names).index(c) for c in classes]
-    raise Refusal(f"--data has {len(classes)} classes ({', '.join(classes[:3])} ...), {model.name} "
-                  f"knows {outputs} ({', '.join((names or ['unnamed'])[:3])} ...)")
+def objectnet(folder):
+    """ObjectNet's images of the 113 classes that its own mappings share with ImageNet [2]."""
+    read = lambda name: json.loads((folder / "mappings" / f"{name}.json").read_text())
+    labels, outputs = read("folder_to_objectnet_label"), {}
+    order = sorted(labels.values())
+    for output, index in read("imagenet_pytorch_id_to_objectnet_id").items():
+        outputs.setdefault(order[index], []).append(int(output))
+    samples, classes = image_folder(existing(folder, "images"))
+    shared = [c for c in classes if labels.get(c) in outputs]
+    place = {classes.index(c): i for i, c in enumerate(shared)}
+    return Shift(folder.name, [(path, place[k]) for path, k in samples if k in place], shared,
+                 objectnet={c: outputs[labels[c]] for c in shared})
 
+def columns(shift, names, outputs, model):
+    """Outputs of each class, (classes, m): ObjectNet's by its mapping; a numeric folder is the
+    output itself; others stand among the class names `names`. Raises Refusal."""
+    classes, numeric = shift.classes, lambda names: all(name.isdigit() for name in names)
+    if shift.objectnet and outputs == 1000:
+        widest = max(map(len, shift.objectnet.values()))
+        return [(shift.objectnet[c] * widest)[:widest] for c in classes]
+    if numeric(classes) and not (names and numeric(names)) and max(map(int, classes)) < outputs:
+        return [[int(c)] for c in classes]
+    if set(classes) <= set(names):
+        return [[list(names).index(c)] for c in classes]
+    raise Refusal(f"{shift.name} has {len(classes)} classes ({', '.join(classes[:3])} ...), "
+                  f"{model} knows {outputs} ({', '.join((names or ['unnamed'])[:3])} ...)")
 
 # --- Measuring ------------------------------------------------------------------------------------
 
-
-def load_model(name, config, classes):
-    """A plug-in or a network for --model NAME, with .name, .size, .class_names, .outputs (their
-    number) and .columns (those of `classes`). Raises Refusal before anything is measured."""
+def load_model(name, args):
+    """A plug-in or network for --model NAME, with .name, .heads and .zero_shot. A plain name's
+    classifier is fitted (--probe), made from text, or comes with its weights. Raises Refusal."""
     saved = read_tensors(name) if name.endswith(".pt") else {}
-    if isinstance(saved, dict) and saved.get("format") == "robustify plug-in":
-        known = set(saved.get("class_names") or classes)
-        swap = saved["config"]["zero_shot"] and not set(classes) <= known
-        model = load(name, class_names=classes if swap else None)
-        model.outputs = model.classes
-    else:
-        model = load_network(name, config.pretrained)
-        if model.classifier is None:
-            raise Refusal(f"--model {name}: has no classifier; tune it with robustify.py first")
-        model.outputs = len(model.classifier.weight)
-    model.name, model.heads_of = Path(name).name.removesuffix(".pt"), getattr(model, "heads", {})
-    model.to(config.device, memory_format=torch.channels_last).eval()
-    model.columns = torch.tensor(columns(classes, model), device=config.device)
+    plug_in = isinstance(saved, dict) and saved.get("format") == "robustify plug-in"
+    model = load(name) if plug_in else load_network(name, args.pretrained)
+    model.name = Path(name).name.removesuffix(".pt")
+    model.to(args.device, memory_format=torch.channels_last).eval()
+    if args.probe and not name.endswith(".pt"):
+        train = Shift("probe", *image_folder(existing(args.probe, "train")))
+        (features,), labels = features_of([model], train, args)
+        model.classifier = best_probe(features["model"], labels, len(train.classes))
+        model.class_names = train.classes
+    if not plug_in:
+        model.heads, model.classes = {}, 0 if model.classifier is None else \
+            len(model.classifier.weight)
+    model.zero_shot = model.config.zero_shot if plug_in else \
+        not model.classes and model.text_embeddings is not None
+    if not (model.classes or model.zero_shot or args.transfer):
+        raise Refusal(f"--model {name}: has no classifier; --probe DIR fits one on DIR/train")
     return model
 
-
-def measure(models, group, config):
-    """Predictions of all models on the shifts that share their images, read once.
-
-    -> [{(model, predictor): (n,) bool}] for each shift; predictor "clean share" tells where the
-    clean head was chosen, "oracle" whether clean or unclean is right, "X of all" among all classes.
-    """
-    size = max(m.size for m in models)
-    views = Views(group[0].samples, min(size, 224) if group[-1].made else size, "centre", config)
-    if group[0].corruption and not group[0].made:
-        views.centre = torch.nn.Identity()  # published images are cropped already
-    rows = [{} for _ in group]
-    done = 0
-    for pixels, labels in measured(views, config, group[0].name):
-        indices = range(done, done + len(labels))
-        done += len(labels)
-        for shift, row in zip(group, rows):
-            images = corrupt((pixels * 255).round().byte(), shift.corruption, shift.severity,
-                             indices, config.seed) / 255 if shift.made else pixels
-            for model in models:
-                for key, right in judge(model, images, labels).items():
-                    row.setdefault((model.name, key), []).append(right.cpu())
-    return [{key: torch.cat(parts).numpy() for key, parts in row.items()} for row in rows]
-
+def meet(model, shift, args):
+    """Set model.columns to the outputs of the shift's classes; a zero-shot model takes unknown ones
+    as new class names, ImageNet's 1000 where they are some of those (Table 2)."""
+    wnids, classes = timm.data.ImageNetInfo("imagenet-1k").label_names(), shift.classes
+    if model.zero_shot and not set(classes) <= set(model.class_names or []):
+        numbered = len(classes) == 1000 and all(c.isdigit() for c in classes)
+        names = wnids if shift.objectnet or numbered or set(classes) <= set(wnids) else classes
+        templates = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
+                     "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+        if names != model.class_names:
+            name_classes(model, names, templates.get(args.templates, [args.templates]))
+    names = model.class_names or (wnids if model.classes == 1000 else [])
+    model.columns = torch.tensor(columns(shift, names, model.classes, model.name),
+                                 device=args.device)
 
 def judge(model, pixels, labels):
-    """{predictor: (B,) bool} of one batch; labels index model.columns."""
+    """{predictor: (B,) bool} of one batch; labels index model.columns. "X of all" decides among
+    all outputs; "clean share" is where the clean head was chosen."""
     index, right = model.columns, {}
     prediction = model.predict(pixels, with_original=True)
     for name, p in prediction.everyone.items():
-        right[name] = p[:, index].argmax(-1) == labels
-        if len(index) < model.outputs:
-            right[f"{name} of all"] = p.argmax(-1) == index[labels]
-    if len(model.heads_of) > 1:
+        right[name] = p[:, index].amax(-1).argmax(-1) == labels
+        if index.numel() < model.classes:
+            right[f"{name} of all"] = (p.argmax(-1, keepdim=True) == index[labels]).any(-1)
+    if len(model.heads) > 1:
         right["oracle"] = right["clean"] | right["unclean"]
         right["clean share"] = prediction.head == HEADS.index("clean")
     return right
 
+def images_of(group, size, args):
+    """(shift, uint8 images, labels, indices) of all test sets of a folder, batch by batch; what is
+    corrupted here reads its images once. Under torchrun each process gets its own share."""
+    for sets in [group] if group[-1].made else [[shift] for shift in group]:
+        views, start = Pictures(sets[0], size, sets[-1].made, args), RANK
+        views.samples = views.samples[RANK::PROCESSES]
+        for pixels, labels in measured(views, args):
+            indices = range(start, start + PROCESSES * len(labels), PROCESSES)
+            clean, start = (pixels * 255).round().byte(), indices.stop
+            for shift in sets:
+                images = clean if not shift.made else corrupt(
+                    clean, shift.corruption, shift.severity, indices, args.seed, args.frost)
+                if shift.made and args.jpeg and not args.corrupt_to:
+                    images = (jpeg_compression(images / 255, None, 85) * 255).round().byte()
+                yield shift, images, labels, indices
+
+def measure(models, group, args):
+    """Predictions of all models on the test sets of one folder.
+
+    -> ([(shift, {(model, predictor): (n,) bool})], whether Ctrl-C cut it short: then of shared
+    images those that were done, of published sets those that were finished).
+    """
+    found = [(shift, {}) for shift in group]
+    by_name, cut = {shift.name: row for shift, row in found}, False
+    bar = tqdm(total=sum(len(s.samples) for s in group), desc=group[0].name, unit=" images",
+               disable=RANK > 0, mininterval=2)
+    try:
+        for shift, images, labels, indices in images_of(group, max(m.size for m in models), args):
+            for model in models:
+                for key, right in judge(model, images / 255, labels).items():
+                    row = by_name[shift.name].setdefault(
+                        (model.name, key), np.full(len(shift.samples), -1, np.int8))
+                    row[indices] = right.cpu()
+            bar.update(len(labels) * PROCESSES)
+    except KeyboardInterrupt:
+        cut = True
+    finally:
+        bar.close()
+    if PROCESSES > 1:
+        every = [None] * PROCESSES
+        torch.distributed.all_gather_object(every, found)
+        found = [(sets[0][0], {key: np.max([row[key] for _, row in sets if row], axis=0)
+                               for key in sets[0][1]}) for sets in zip(*every)]
+    kept = []
+    for sets in [found] if group[-1].made else [[one] for one in found]:
+        if all(row for _, row in sets):
+            done = np.min([right for _, row in sets for right in row.values()], axis=0) >= 0
+            if done.all() or group[-1].made and done.any():
+                kept += [(shift, {key: right[done] > 0 for key, right in row.items()})
+                         for shift, row in sets]
+    return kept, cut
+
+def write_corrupted(group, args):
+    """Write what is corrupted here in ImageNet-C's layout: PNG, or (--jpeg) JPEG of quality 85."""
+    for shift, images, labels, indices in images_of(group, 0, args):
+        for image, label, i in zip(images.cpu(), labels, indices) if shift.made else ():
+            path = Path(args.corrupt_to, shift.corruption, str(shift.severity),
+                        shift.classes[label], Path(shift.samples[i][0]).stem)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            v2.functional.to_pil_image(image).save(
+                f"{path}.JPEG" if args.jpeg else f"{path}.png", quality=85)
 
 # --- Tables ---------------------------------------------------------------------------------------
 
-
 def table(header, rows):
-    """Aligned Markdown: numbers in percent with one decimal."""
+    """Aligned Markdown in percent with one decimal; what passes 100 columns follows below."""
     cells = [[c if isinstance(c, str) else f"{100 * c:.1f}" for c in row]
              for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
+    fit = max(2, sum(np.cumsum(widths) + 3 * np.arange(1, len(widths) + 1) < 100))
     line = lambda row: "| " + " | ".join(
-        c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
-    lines = [line(row) for row in cells]
-    rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths))
-    rule = f"|{rule}|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+        c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row[:fit], widths))) + " |"
+    rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths[:fit]))
+    text = "\n".join([line(cells[0]), f"|{rule}|", *map(line, cells[1:])])
+    rest = [[row[0], *row[fit:]] for row in cells]
+    return text if fit >= len(header) else f"{text}\n\n{table(rest[0], rest[1:])}"
 
+def accuracies(found, keys):
+    """(sets, keys), from 0 to 1."""
+    return np.array([[row[key].mean() for key in keys] for _, row in found])
 
-def summary(group, rows, keys, clean=None):
-    """[[name, accuracy of each key ...]]: clean, each corruption over severities, their mean; mCE
-    where all fifteen are there, relative mCE where also `clean`, the row of the clean set, is."""
-    mean = lambda chosen: [np.mean([row[key].mean() for row in chosen]) for key in keys]
-    lines = [[s.name, *mean([row])] for s, row in zip(group, rows) if not s.corruption]
-    lines += [[f"{s.name}, of all", *([row[m, f"{k} of all"].mean() for m, k in keys])]
-              for s, row in zip(group, rows) if all((m, f"{k} of all") in row for m, k in keys)]
-    by_name = {}
-    for shift, row in zip(group, rows):
-        if shift.corruption:
-            by_name.setdefault(shift.corruption, []).append(row)
-    lines += [[name, *mean(chosen)] for name, chosen in by_name.items()]
-    if by_name:
-        average = np.mean([mean(c) for c in by_name.values()], axis=0)
-        lines.append(["mean of corruptions", *average])
-        if "clean share" not in [key for _, key in keys]:
-            lines.append(["mean error", *(1 - average)])
-    if set(ALEXNET) <= set(by_name):
-        error = {c: 1 - np.array(mean(by_name[c])) for c in ALEXNET}
-        lines.append(["mCE", *np.mean([error[c] / ALEXNET[c] for c in ALEXNET], axis=0)])
-        if clean:
-            base = 1 - np.array(mean([clean]))
-            lines.append(["relative mCE", *np.mean(
-                [(error[c] - base) / (ALEXNET[c] - ALEXNET_CLEAN) for c in ALEXNET], axis=0)])
+def averaged(found):
+    """Which sets enter the mean, (sets,) bool: those of the fifteen corruptions (fourteen without
+    frost) where they are there, else all that are corrupted."""
+    names = {shift.corruption for shift, _ in found} - {""}
+    core = names & set(ALEXNET)
+    return np.isin([shift.corruption for shift, _ in found], [*(core if len(core) > 13 else names)])
+
+def summary(found, keys, clean=None):
+    """[[label, a number for each key ...]], from 0 to 1: the clean set, each corruption over its
+    severities, each severity over corruptions, the mean; mCE of all fifteen at all severities, and
+    relative mCE where `clean`, the row of the clean set, is known."""
+    accuracy, core = accuracies(found, keys), averaged(found)
+    names = np.array([shift.corruption for shift, _ in found])
+    severities = np.array([shift.severity for shift, _ in found])
+    lines = [[found[i][0].name, *accuracy[i]] for i in np.flatnonzero(names == "")]
+    of_all = [(model, f"{key} of all") for model, key in keys]
+    if not names[0] and set(of_all) <= set(found[0][1]):
+        lines.append(["  of all", *accuracies(found[:1], of_all)[0]])
+    by_name = {name: accuracy[names == name].mean(0) for name in dict.fromkeys(names) if name}
+    lines += [[name, *values] for name, values in by_name.items()]
+    if not by_name:
+        return lines
+    if len(set(severities[core])) > 1:
+        lines += [[f"severity {s}", *accuracy[core & (severities == s)].mean(0)]
+                  for s in sorted(set(severities[core]))]
+    average = accuracy[core].mean(0)
+    lines.append([f"mean of {len(set(names[core]))} corruptions", *average])
+    if "clean share" not in [key for _, key in keys]:
+        lines.append(["mean error", *(1 - average)])
+        if set(ALEXNET) <= set(by_name) and set(severities) >= {1, 2, 3, 4, 5}:
+            errors = [(1 - by_name[name], error) for name, error in ALEXNET.items()]
+            lines.append(["mCE", *np.mean([ours / alexnet for ours, alexnet in errors], axis=0)])
+            if clean:
+                base = 1 - accuracies([(None, clean)], keys)[0]
+                errors = [(e - base) / (alexnet - ALEXNET_CLEAN) for e, alexnet in errors]
+                lines.append(["relative mCE", *np.mean(errors, axis=0)])
     return lines
 
+def paired(differences):
+    """Mean of differences (n,), one an image, from -1 to 1, with its standard error, as text."""
+    error = differences.std(ddof=1) / math.sqrt(len(differences))
+    return f"{100 * differences.mean():+.1f} points, paired standard error {100 * error:.1f}"
 
-def paired(group, rows, one, other):
-    """Mean difference of two predictors over corruptions, and its standard error over images."""
-    both = [(row[one].astype(float) - row[other]) for s, row in zip(group, rows) if s.corruption]
-    if not both:
-        return None
-    by_image = np.mean(both, axis=0)
-    return by_image.mean(), by_image.std(ddof=1) / math.sqrt(len(by_image))
+def compared(models):
+    """{column: (model, predictor)}: each student once before tuning, then all models."""
+    students = {m.config.student: m for m in reversed(models) if m.heads}
+    before = {"original" if len(students) == 1 else f"{m.name} original": (m.name, "original")
+              for m in reversed(students.values())}
+    return before | {m.name: (m.name, "selected" if m.heads else "model") for m in models}
 
-
-def report(models, group, rows, clean):
-    """Print the tables of one data folder; `clean` is the row of the clean set of its classes."""
-    full = [m for m in models if len(m.heads_of) > 1]
-    tuned = [m for m in models if m.heads_of]
-    final = {m.name: (m.name, "selected" if m.heads_of else "model") for m in models}
-    keys = ([(tuned[0].name, "original")] if tuned else []) + list(final.values())
-    header = [f"accuracy, {len(group[0].samples)} images"] + (["original"] if tuned else [])
-    print("\n" + table(header + [m.name for m in models], summary(group, rows, keys, clean)))
-    for m in full:
-        names = ["original", *HEADS, "selected", "oracle", "clean share"]
+def report(models, found, clean, cut):
+    """Print the tables of one folder; `clean` is the row of its classes' clean set."""
+    keys, counts = compared(models), {len(next(iter(row.values()))) for _, row in found}
+    title = f"accuracy, {max(counts)} images" + (" (partial)" if cut else "")
+    print("\n" + table([title, *keys], summary(found, keys.values(), clean)))
+    corrupted = [row for shift, row in found if shift.corruption]
+    for m in (m for m in models if len(m.heads) > 1):
+        every = ["original", *HEADS, "selected", "oracle", "clean share"]
         print(f"\n{m.name}: its heads, rule {m.config.rule}, K = {m.config.passes}")
-        print(table(["accuracy", *names], summary(group, rows, [(m.name, k) for k in names])))
-        for other in [(m.name, "original"), *(final[o.name] for o in models if o is not m)]:
-            found = paired(group, rows, final[m.name], other)
-            if found:
-                label = other[1] if other[0] == m.name else other[0]
-                print(f"{m.name} - {label} on corruptions: {100 * found[0]:+.1f} points, "
-                      f"paired standard error {100 * found[1]:.1f}")
+        print(table(["accuracy", *every], summary(found, [(m.name, key) for key in every])))
+        for name, other in keys.items() if corrupted and len(counts) == 1 else ():
+            if name != m.name:
+                gains = [row[m.name, "selected"] - row[other].astype(float) for row in corrupted]
+                print(f"{m.name} - {name} on corruptions: {paired(np.mean(gains, axis=0))}")
 
+def average_of_shifts(models, everything):
+    """Print the last table of Tables 1-3: each folder, and the mean over those that are shifts; a
+    corrupted folder counts once, by the mean over its corruptions."""
+    keys, rows, counted = compared(models), [], []
+    for found in everything:
+        core, accuracy = averaged(found), accuracies(found, keys.values())
+        for mask, ending in ((np.array([not s.corruption for s, _ in found]), ""), (core, "-C")):
+            if mask.any():
+                shift = found[int(mask.argmax())][0]
+                name = shift.name.split("/")[0] + (ending if shift.made else "")
+                rows.append([name, *accuracy[mask].mean(0)])
+                counted.append(not shift.clean)
+    if sum(counted) > 1:
+        average = np.mean([row[1:] for row, c in zip(rows, counted) if c], axis=0)
+        rows += [[f"average of {sum(counted)} shifts", *average], ["error", *(1 - average)]]
+        print("\n" + table(["accuracy", *keys], rows))
+
+def plot(file, models, everything, costs):
+    """Accuracy and the share of the clean head against severity (Fig. 3), a line a model; with
+    --cost also accuracy against the training cost of an image (Fig. 1)."""
+    from matplotlib.figure import Figure
+    labels = [("severity, 0 is clean", "accuracy (%)"), ("severity, 0 is clean", "clean head (%)"),
+              ("training cost (ms an image)", "accuracy on corruptions (%)")][:2 + bool(costs)]
+    figure = Figure(figsize=(5 * len(labels), 4), layout="tight")
+    axes = figure.subplots(1, len(labels))
+    for found in everything:
+        severity, core = np.array([shift.severity for shift, _ in found]), averaged(found)
+        levels = sorted(set(severity[core | (severity == 0)]))
+        line = lambda key: [100 * accuracies(found, [key])[(severity == level) & (
+            core | (level == 0))].mean() for level in levels]
+        for name, key in compared(models).items():
+            where = f", {found[0][0].name.split('/')[0]}" if len(everything) > 1 else ""
+            axes[0].plot(levels, line(key), marker="o", label=name + where)
+            if key[1] == "selected" and (share := (key[0], "clean share")) in found[0][1]:
+                axes[1].plot(levels, line(share), marker="o", label=name + where)
+            if name in costs:
+                mean = 100 * accuracies(found, [key])[core].mean()
+                axes[2].plot(costs[name], mean, marker="o", linestyle="", label=name + where)
+    for axis, (x, y) in zip(axes, labels):
+        axis.set(xlabel=x, ylabel=y)
+        axis.legend()
+    figure.savefig(file)
+
+# --- Transfer (Tables 1 and 3) --------------------------------------------------------------------
+
+def pooled(h):
+    """(B, D) of activations: the class token of (B, N, D), the mean of a map (B, D, H, W)."""
+    return h[:, 0] if h.ndim == 3 else h.flatten(2).mean(-1)
+
+@torch.no_grad()
+def features_of(models, shift, args):
+    """([{predictor: (n, D)} of each model], labels (n,)): pooled activations after M_s of a plug-in
+    before and after tuning; of a network what its classifier sees."""
+    found, labels = [{} for _ in models], []
+    for _, images, y, _ in images_of([shift], max(m.size for m in models), args):
+        labels.append(y)
+        for model, features in zip(models, found):
+            if model.heads:
+                z = model.backbone(images / 255)
+                new = {"original": pooled(model.original[0](z)), "tuned": pooled(model.shared(z))}
+            else:
+                new = {"model": model.features(images / 255)}
+            for key, value in new.items():
+                features.setdefault(key, []).append(value)
+    return [{key: torch.cat(f) for key, f in one.items()} for one in found], torch.cat(labels)
+
+def best_probe(features, labels, classes):
+    """A linear probe on standardised features, its weight decay chosen on a held-out tenth."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    held, rest = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
+    mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
+
+    def fitted(rows, decay):
+        probe = nn.Linear(features.shape[1], classes, device=features.device)
+        nn.init.zeros_(probe.weight)
+        linear_probe((features[rows] - mean) / std, labels[rows], probe, decay)
+        with torch.no_grad():  # so that it takes features as they are
+            probe.weight /= std
+            probe.bias -= probe.weight @ mean
+        return probe
+
+    score = lambda decay: float((fitted(rest, decay)(features[held]).argmax(-1)
+                                 == labels[held]).float().mean())
+    return fitted(order, max((1e-5, 1e-4, 1e-3, 1e-2, 0.1), key=score))
+
+def transfer(models, folder, args):
+    """Linear probes fitted on folder/train and tested on val/ (or test/): prints accuracies, and of
+    plug-ins the difference that tuning made; returns {model: {predictor: accuracy}}."""
+    parts = Path(folder, "train"), existing(folder, "val", "test")
+    train, test = (Shift(part.name, *image_folder(part)) for part in parts)
+    if train.classes != test.classes:
+        raise Refusal(f"--transfer {folder}: needs train/ and val/ with the same classes")
+    (fitted, y), (unseen, labels) = (features_of(models, part, args) for part in (train, test))
+    rows, written = [], {}
+    for model, known, new in zip(models, fitted, unseen):
+        right = {key: (best_probe(known[key], y, len(train.classes))(new[key]).argmax(-1) == labels)
+                 .float().cpu().numpy() for key in known}
+        written[model.name] = {key: float(r.mean()) for key, r in right.items()}
+        rows += [[f"{model.name}, {key}", value] for key, value in written[model.name].items()]
+        if "tuned" in right:
+            print(f"{model.name}, tuned - original: {paired(right['tuned'] - right['original'])}")
+    print("\n" + table([f"linear probe, {Path(folder).name}", "accuracy"], rows))
+    return written
+
+# --- Cost (latency columns) -----------------------------------------------------------------------
+
+def timed(tasks, images, device):
+    """Milliseconds an image of {name: function}: medians of five rounds in which all take turns, so
+    that a slow moment of the machine strikes all alike; a first round warms up."""
+    seconds = {name: [] for name in tasks}
+    for _ in range(6):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * np.median(s[1:]) / images for name, s in seconds.items()}
+
+def cost(model, args):
+    """Print GMACs, parameters and ms an image of a plug-in's original and of the student for K = 1,
+    5, 10, and of training under each recipe (forward and backward, half of the images clean);
+    returns {recipe: ms}."""
+    n = 64 if args.device == "cuda" else 4
+    pixels = torch.rand(n, 3, model.size, model.size, device=args.device)
+    labels = torch.zeros(n, dtype=torch.long, device=args.device)
+    config, clean = model.config, torch.arange(n, device=args.device) % 2 == 0
+    own, kept = model.masks, count(model.backbone)
+
+    def predict(passes):
+        model.masks = torch.ones(passes, own.shape[1], device=args.device)
+        model.predict(pixels)
+        model.masks = own
+
+    @torch.no_grad()
+    def original():
+        model.original(model.backbone(pixels))
+
+    tasks = {"original": original, **{f"{model.name}, K = {k}": functools.partial(predict, k)
+                                      for k in (1, 5, 10)}}
+    ms, rows, macs = timed(tasks, n, args.device), [], {}
+    torch.backends.mha.set_fastpath_enabled(False)  # its operations are not counted
+    for name, task in tasks.items():
+        with FlopCounterMode(display=False) as counter:
+            task()
+        macs[name] = counter.get_total_flops() / 2e9 / n
+        tuned = 0 if name == "original" else count(model.shared, model.heads)
+        rows.append([name, f"{macs[name]:.4g}", f"{macs[name] / macs['original']:.4f}",
+                     f"{(kept + (tuned or count(model.original))) / 1e6:.2f}",
+                     f"{tuned / 1e6:.2f}", f"{ms[name]:.2f}", f"{ms[name] / ms['original']:.3f}"])
+    torch.backends.mha.set_fastpath_enabled(True)
+    print("\n" + table(["inference, an image", "GMACs", "ratio", "M parameters", "tuned", "ms",
+                        "ratio"], rows))
+    teacher = load_network(config.teacher).to(args.device).eval() if config.teacher else None
+
+    def train(student):
+        taught = teacher if len(student.heads) > 1 else None
+        with torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda"):
+            student_loss(student, taught, pixels, labels, clean).backward()
+        student.zero_grad()
+
+    tasks = {"frozen forward pass": original}
+    for recipe in RECIPES if teacher else [config.recipe]:
+        student = RobustStudent(model.backbone, *model.original, replace(config, recipe=recipe))
+        tasks[recipe] = functools.partial(train, student.to(args.device).train())
+    ms = timed(tasks, n, args.device)
+    print("\n" + table([f"training {model.name}'s student, an image", "ms", "ratio"], [
+        [name, f"{ms[name]:.2f}", f"{ms[name] / ms['frozen forward pass']:.2f}"] for name in ms]))
+    return ms
+
+def cost_of_corruptions(frost):
+    """Print ms an image of each of the fifteen at severity 3 and 224 px on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    images = (torch.rand(8, 3, 28, 28).repeat_interleave(8, 2).repeat_interleave(8, 3) * 255).byte()
+    ms = timed({name: functools.partial(corrupt, images, name, 3, range(8), 0, frost)
+                for name in ALEXNET if frost or name != "frost"}, 8, "cpu")
+    torch.set_num_threads(threads)
+    print("\n" + table(["corruption, 224 px, severity 3", "ms an image"], [
+        [name, f"{value:.2f}"] for name, value in (ms | {"all": sum(ms.values())}).items()]))
+
+# --- main -----------------------------------------------------------------------------------------
 
 def main(arguments=None):
     """The command line; returns the exit code."""
     return command(run, arguments)
 
-
-def run(arguments):
-    """Parse, measure, print; raises Refusal."""
+def parse(arguments):
+    """The settings: those of Config, and these. Raises Refusal."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
-    parser.add_argument("--data", nargs="+", default=["demo/val"], help="folders of test images")
-    parser.add_argument("--model", nargs="+", default=["robust.pt"],
-                        help="plug-ins, networks of --make-teacher, or names")
-    parser.add_argument("--pretrained", default="", help="for names, as in robustify.py")
-    parser.add_argument("--corrupt", nargs="*", metavar="NAME", help="also corrupt the images: "
-                        f"the names given, or {', '.join(PARAMETERS)}")
-    parser.add_argument("--severity", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--json", help="write everything that was measured to this file")
+    add = parser.add_argument
+    add("--data", nargs="+", default=[], help="folders of test images")
+    add("--model", nargs="+", default=["robust.pt"], help="plug-ins, networks of --make-teacher, "
+        "or names that robustify.py knows")
+    add("--pretrained", default="", help="for names, as in robustify.py")
+    add("--probe", help="DIR: classifier of names by a linear probe, fitted on DIR/train")
+    add("--templates", default="openai", help="prompts for new class names: openai, simple, or a "
+        "string with {} in it")
+    add("--corrupt", nargs="*", metavar="NAME", help="also corrupt the images: the fifteen of "
+        "ImageNet-C, or those named; for tuning there are speckle_noise gaussian_blur saturate")
+    add("--severity", nargs="+", type=int, default=[1, 2, 3, 4, 5], dest="severities")
+    add("--frost", help="folder of ImageNet-C's frost photos; without it fourteen corruptions")
+    add("--jpeg", action="store_true", help="after corrupting, JPEG of quality 85 as published")
+    add("--corrupt-to", help="write the corrupted images into this folder, and measure nothing")
+    add("--transfer", nargs="+", default=[], help="folders with train/ and val/ for linear probes")
+    add("--cost", action="store_true", help="GMACs, parameters, milliseconds")
+    add("--plot", help="picture of accuracy against severity (needs matplotlib)")
+    add("--json", help="write everything that was measured to this file")
     defaults = Config()
     for name in ("batch_size", "workers", "seed", "device"):
         value = getattr(defaults, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    args = parser.parse_args(arguments)
+        add(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    args = argparse.Namespace(**asdict(defaults) | vars(parser.parse_args(arguments)))
     if not arguments:
-        args.model = [f"demo/{n}.pt" for n in ("teacher", "apt", "ours")]
-        args.corrupt, args.severity = DEMO, [3, 5]
+        args.data, args.model = ["demo/val"], [f"demo/{n}.pt" for n in ("teacher", "apt", "ours")]
+        args.corrupt, args.severities = DEMO, [3, 5]
         if not Path("demo/ours.pt").is_file():
             raise Refusal("demo/ours.pt: no such file; make it with: python robustify.py")
-    corruptions = [] if args.corrupt is None else args.corrupt or list(PARAMETERS)
-    for name in corruptions:
-        if name not in PARAMETERS:
-            raise Refusal(f"--corrupt {name}: choose from {', '.join(PARAMETERS)}")
-    if not set(args.severity) <= {1, 2, 3, 4, 5}:
+    if args.corrupt == [] or args.corrupt_to and not args.corrupt:
+        args.corrupt = [name for name in ALEXNET if args.frost or name != "frost"]
+    for name in args.corrupt or []:
+        if name not in CORRUPTIONS or name == "frost" and not args.frost:
+            raise Refusal(f"--corrupt {name}: choose from {', '.join(CORRUPTIONS)}; frost needs "
+                          "--frost DIR")
+    if not set(args.severities) <= {1, 2, 3, 4, 5}:
         raise Refusal("--severity: from 1 to 5")
-    config = replace(defaults, batch_size=args.batch_size, workers=args.workers, seed=args.seed,
-                     device=args.device, pretrained=args.pretrained)
+    if args.templates not in ("openai", "simple") and "{}" not in args.templates:
+        raise Refusal("--templates: openai, simple, or a string with {} for the class name")
     if len({Path(name).name for name in args.model}) < len(args.model):
         raise Refusal("--model: two files have the same name; the tables could not tell them apart")
-    folders = [shifts(folder, corruptions, args.severity) for folder in args.data]
-    written, clean = [], {}
-    for group in folders:
-        models = [load_model(name, config, group[0].classes) for name in args.model]
-        made = ", corrupted here in memory" if group[-1].made else ""
+    if not (args.data or args.transfer or args.cost):
+        raise Refusal("give --data, --transfer or --cost, or no argument for the demo's results")
+    return args
+
+def run(arguments):
+    """Parse, measure, print; raises Refusal."""
+    args = parse(arguments)
+    if args.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            raise Refusal("--plot: needs matplotlib; pip install matplotlib") from error
+    groups = [shifts(folder, args.corrupt or [], args.severities) for folder in args.data]
+    if args.frost:
+        frost_photos(args.frost, 1)
+    if args.corrupt_to:
+        for group in groups:
+            write_corrupted(group, args)
+        return
+    join_processes(args.device)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if RANK else sys.stdout):
+        evaluate(groups, args)
+
+def evaluate(groups, args):
+    """Measure and print what the command line asks for."""
+    models = [load_model(name, args) for name in args.model]
+    clean, everything, cut, sets = {}, [], False, []
+    for group in groups:
+        for model in models:
+            meet(model, group[0], args)
+        how = ", corrupted here in memory" + ", JPEG 85" * args.jpeg if group[-1].made else ""
         print(f"{group[0].name}: {len(group[0].samples)} images, {len(group[0].classes)} classes, "
-              f"{len(group)} sets{made}")
-        same = all(s.made or not s.corruption for s in group)
-        rows = measure(models, group, config) if same else \
-            [measure(models, [shift], config)[0] for shift in group]
-        if not group[0].corruption:
-            clean.setdefault(tuple(group[0].classes), rows[0])
-        report(models, group, rows, clean.get(tuple(group[0].classes)))
-        written += [{"name": s.name, "n": len(s.samples), "corrupted_here": s.made, "models": {
-            m.name: {k: float(right.mean()) for (name, k), right in row.items() if name == m.name}
-            for m in models}} for s, row in zip(group, rows)]
-    if args.json:
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__,
-                    "torchvision": torchvision.__version__, "timm": timm.__version__}
+              f"{len(group)} sets{how}")
+        if group[-1].made and not args.frost:
+            print("no frost photos (see --frost): no frost, no mCE")
+        found, cut = measure(models, group, args)
+        classes = tuple(group[0].classes)
+        if found:
+            everything.append(found)
+            if found[0][0].clean:
+                clean[classes] = found[0][1]
+            report(models, found, clean.get(classes), cut)
+        sets += [{"name": s.name, "n": len(next(iter(row.values()))), "of": len(s.samples),
+                  "classes": len(s.classes), "corrupted_here": s.made, "accuracy": {
+                      m.name: {k: float(right.mean()) for (name, k), right in row.items()
+                               if name == m.name} for m in models}} for s, row in found]
+        if cut:
+            print("stopped by Ctrl-C: partial, the tables hold what was finished")
+            break
+    average_of_shifts(models, everything)
+    transfers = {folder: transfer(models, folder, args) for folder in args.transfer if not cut}
+    costs = {m.name: cost(m, args) for m in models if args.cost and m.heads and not cut}
+    if args.cost and not cut:
+        cost_of_corruptions(args.frost)
+    if args.plot and any(averaged(found).any() for found in everything):
+        plot(args.plot, models, everything, {m.name: costs[m.name][m.config.recipe]
+                                             for m in models if m.name in costs})
+    if args.json and not RANK:
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision":
+                    torchvision.__version__, "open_clip": open_clip.__version__,
+                    "timm": timm.__version__}
+        sizes = {m.name: m.size for m in models}
+        transform = "corrupted here: Resize 256, CenterCrop 224, or own size below 224 px; " \
+            "published corruptions: as they are; else: Resize 256/224 of model size, CenterCrop"
         Path(args.json).write_text(json.dumps(
-            {"sets": written, "arguments": vars(args), "seed": args.seed, "versions": versions},
-            indent=1))
-    if not arguments:
+            {"sets": sets, "partial": cut, "transfer": transfers, "cost": costs, "seed": args.seed,
+             "arguments": vars(args), "model_sizes": sizes, "transform": transform,
+             "versions": versions}, indent=1))
+    if args.data == ["demo/val"]:
         print("\nWhat to see: the teacher breaks least under corruption; ours carries some of that "
               "into the student,\nand chooses the clean head more often where images are clean.")
-
+    if cut:
+        sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

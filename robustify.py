@@ -505,6 +505,7 @@ def assemble(network, at, config):
     student = RobustStudent(nn.Sequential(network.stem, *blocks[:k]), nn.Sequential(*blocks[k:n]),
                             nn.Sequential(*blocks[n:], network.pool, network.classifier), config)
     student.size, student.class_names = network.size, network.class_names
+    student.text_embeddings = network.text_embeddings
     student.origin = {"split": at, "class_names": network.class_names,
                       "classifier": network.classifier.state_dict()}
     return student
@@ -560,13 +561,12 @@ def build_clip(name, tag, image_size, args):
                                   force_quick_gelu=known.get("quick_gelu", False), **args).eval()
     tokenizer, prepare = open_clip.get_tokenizer(name), clip.visual.preprocess_cfg
 
-    def text_embeddings(names):
-        """phi_text(Y) (C, D) under open_clip's 80 templates, and exp(logit_scale) (Sec. 4.4)."""
+    def text_embeddings(names, templates=open_clip.OPENAI_IMAGENET_TEMPLATES):
+        """phi_text(Y) (C, D), the mean over templates, and exp(logit_scale) (Sec. 4.4)."""
         wnids = timm.data.ImageNetInfo("imagenet-1k").label_names()
         names = [open_clip.IMAGENET_CLASSNAMES[wnids.index(n)] if n in wnids  # by index: only 998
                  else n.replace("_", " ") for n in names]                     # names differ
-        weight = open_clip.build_zero_shot_classifier(clip, tokenizer, names,
-                                                      open_clip.OPENAI_IMAGENET_TEMPLATES).T
+        weight = open_clip.build_zero_shot_classifier(clip, tokenizer, names, templates).T
         return weight, clip.logit_scale.exp().item()
 
     size = int(np.max(clip.visual.image_size))
@@ -582,6 +582,16 @@ def build_unimodal(name, tag, image_size, args):
     net = timm.create_model(f"{name}.{tag}" if tag else name, pretrained=tag is not None, **args)
     known = net.pretrained_cfg
     return net, net, image_size or known["input_size"][-1], known["mean"], known["std"], None
+
+def name_classes(model, names, templates=open_clip.OPENAI_IMAGENET_TEMPLATES):
+    """Give a CLIP Network, or a student of --zero-shot, new classes (Sec. 4.4)."""
+    weight, scale = model.text_embeddings(names, templates)
+    model.class_names, model.classes = names, len(names)
+    if getattr(model, "classifier", model) is None:
+        model.classifier = CosineClassifier(weight, scale, trained=False)
+    for module in model.modules():
+        if isinstance(module, CosineClassifier):
+            module.weight = weight.to(module.weight.device)
 
 def classifier_from(state, prefix="", trained=True):
     """The classifier whose tensors stand under `prefix` in a state dict."""
@@ -661,11 +671,7 @@ def load(path, backbone=None, shared=None, head=None, class_names=None):
     if class_names:
         if backbone is not None or not config.zero_shot:
             raise Refusal(f"{path}: only a CLIP student of --zero-shot takes new class names")
-        weight, student.class_names = network.text_embeddings(class_names)[0], class_names
-        student.classes = len(class_names)
-        for module in student.modules():
-            if isinstance(module, CosineClassifier):
-                module.weight = weight
+        name_classes(student, class_names)
     return student
 
 # --- The robust teacher (Sec. 4.2) and the training loop ------------------------------------------
@@ -770,6 +776,26 @@ def prepare(name, kind, config, teacher=None):
               f"{config.lr:g}, on {config.device}; writes {config.out}", flush=True)
     return network, teacher, views, validation
 
+def linear_probe(features, labels, classifier, weight_decay=1e-4):
+    """Fits the module `classifier` in place to features (n, D) and labels (n,) by L-BFGS (Sec. 5):
+    mean cross-entropy + weight_decay * squared norm."""
+    for p in classifier.parameters():
+        p.data = p.data.contiguous()  # torch's L-BFGS flattens them
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=100,
+                                  line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        total = weight_decay * sum(p.square().sum() for p in classifier.parameters())
+        total.backward()
+        for x, y in zip(features.split(8192), labels.split(8192)):
+            loss = F.cross_entropy(classifier(x), y, reduction="sum") / len(labels)
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    optimizer.step(objective)
+
 def give_classifier(network, samples, config):
     """Where the network has no classifier for its class names: text embeddings, or a new layer; in
     VE a student's is then fitted as a linear probe on features of centre crops (Sec. 5)."""
@@ -791,12 +817,7 @@ def give_classifier(network, samples, config):
     with torch.no_grad():
         features, labels = (torch.cat(column) for column in zip(*(
             (network.features(x), y) for x, y in measured(views, config, "linear probe"))))
-    optimizer = torch.optim.AdamW(network.classifier.parameters(), 1e-3)
-    for _ in range(20):
-        for rows in torch.randperm(len(labels)).split(256):
-            optimizer.zero_grad()
-            F.cross_entropy(network.classifier(features[rows]), labels[rows]).backward()
-            optimizer.step()
+    linear_probe(features, labels, network.classifier)
 
 def make_teacher(config):
     """Sec. 4.2: train a small network whole on D^a, or plainly with --augment none; write it."""
@@ -898,13 +919,17 @@ def refuse(message):
     """Raises Refusal: what argparse shall do with an error."""
     raise Refusal(message)
 
+def join_processes(device):
+    """Under torchrun: let this process speak with the others, on its own GPU."""
+    if PROCESSES > 1:
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
 def run(arguments):
     """What the command line asks for; raises Refusal and OSError."""
     config = parse(arguments)
-    if PROCESSES > 1:
-        torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
-        if config.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    join_processes(config.device)
     if not arguments:
         demo()
     elif config.make_teacher or config.student:
