@@ -469,20 +469,22 @@ def judge(model, pixels, labels):
     return right
 
 def images_of(group, size, args):
-    """(shift, uint8 images, labels, indices) of all test sets of a folder, batch by batch; what is
-    corrupted here reads its images once. Under torchrun each process gets its own share."""
-    for sets in [group] if group[-1].made else [[shift] for shift in group]:
-        views, start = Pictures(sets[0], size, sets[-1].made, args), RANK
+    """(place in the group, uint8 images, labels, indices) of all test sets of a folder, by batches;
+    what is corrupted here reads its images once. Under torchrun each process gets its share."""
+    made = group[-1].made
+    for sets in [range(len(group))] if made else [[i] for i in range(len(group))]:
+        views, start = Pictures(group[sets[0]], size, made, args), RANK
         views.samples = views.samples[RANK::PROCESSES]
         for pixels, labels in measured(views, args):
             indices = range(start, start + PROCESSES * len(labels), PROCESSES)
             clean, start = (pixels * 255).round().byte(), indices.stop
-            for shift in sets:
+            for i in sets:
+                shift = group[i]
                 images = clean if not shift.made else corrupt(
                     clean, shift.corruption, shift.severity, indices, args.seed, args.frost)
                 if shift.made and args.jpeg and not args.corrupt_to:
                     images = (jpeg_compression(images / 255, None, 85) * 255).round().byte()
-                yield shift, images, labels, indices
+                yield i, images, labels, indices
 
 def measure(models, group, args):
     """Predictions of all models on the test sets of one folder.
@@ -490,42 +492,38 @@ def measure(models, group, args):
     -> ([(shift, {(model, predictor): (n,) bool})], whether Ctrl-C cut it short: then of shared
     images those that were done, of published sets those that were finished).
     """
-    found = [(shift, {}) for shift in group]
-    by_name, cut = {shift.name: row for shift, row in found}, False
-    bar = tqdm(total=sum(len(s.samples) for s in group), desc=group[0].name, unit=" images",
-               disable=RANK > 0, mininterval=2)
-    try:
-        for shift, images, labels, indices in images_of(group, max(m.size for m in models), args):
-            for model in models:
-                for key, right in judge(model, images / 255, labels).items():
-                    row = by_name[shift.name].setdefault(
-                        (model.name, key), np.full(len(shift.samples), -1, np.int8))
-                    row[indices] = right.cpu()
-            bar.update(len(labels) * PROCESSES)
-    except KeyboardInterrupt:
-        cut = True
-    finally:
-        bar.close()
+    rows, cut = [{} for _ in group], False
+    with tqdm(desc=group[0].name, total=sum(len(shift.samples) for shift in group),
+              unit=" images", disable=RANK > 0, mininterval=2) as bar:
+        try:
+            for i, images, labels, indices in images_of(group, max(m.size for m in models), args):
+                for model in models:
+                    for key, right in judge(model, images / 255, labels).items():
+                        rows[i].setdefault((model.name, key), np.full(
+                            len(group[i].samples), -1, np.int8))[indices] = right.cpu()
+                bar.update(len(labels) * PROCESSES)
+        except KeyboardInterrupt:
+            cut = True
     if PROCESSES > 1:
         every = [None] * PROCESSES
-        torch.distributed.all_gather_object(every, found)
-        found = [(sets[0][0], {key: np.max([row[key] for _, row in sets if row], axis=0)
-                               for key in sets[0][1]}) for sets in zip(*every)]
-    kept = []
-    for sets in [found] if group[-1].made else [[one] for one in found]:
-        if all(row for _, row in sets):
-            done = np.min([right for _, row in sets for right in row.values()], axis=0) >= 0
-            if done.all() or group[-1].made and done.any():
-                kept += [(shift, {key: right[done] > 0 for key, right in row.items()})
-                         for shift, row in sets]
-    return kept, cut
+        torch.distributed.all_gather_object(every, rows)
+        rows = [{key: np.max([row[key] for row in same if row], axis=0) for key in same[0]}
+                for same in zip(*every)]
+    found, shared = [], group[-1].made
+    for sets in [range(len(group))] if shared else [[i] for i in range(len(group))]:
+        if all(rows[i] for i in sets):
+            done = np.min([right for i in sets for right in rows[i].values()], axis=0) >= 0
+            if done.all() or shared and done.any():
+                found += [(group[i], {key: right[done] > 0 for key, right in rows[i].items()})
+                          for i in sets]
+    return found, cut
 
 def write_corrupted(group, args):
     """Write what is corrupted here in ImageNet-C's layout: PNG, or (--jpeg) JPEG of quality 85."""
-    for shift, images, labels, indices in images_of(group, 0, args):
-        for image, label, i in zip(images.cpu(), labels, indices) if shift.made else ():
-            path = Path(args.corrupt_to, shift.corruption, str(shift.severity),
-                        shift.classes[label], Path(shift.samples[i][0]).stem)
+    for k, images, labels, indices in images_of(group, 0, args):
+        for image, label, i in zip(images.cpu(), labels, indices) if group[k].made else ():
+            path = Path(args.corrupt_to, group[k].corruption, str(group[k].severity),
+                        group[k].classes[label], Path(group[k].samples[i][0]).stem)
             path.parent.mkdir(parents=True, exist_ok=True)
             v2.functional.to_pil_image(image).save(
                 f"{path}.JPEG" if args.jpeg else f"{path}.png", quality=85)
@@ -737,7 +735,7 @@ def cost(model, args):
     """Print GMACs, parameters and ms an image of a plug-in's original and of the student for K = 1,
     5, 10, and of training under each recipe (forward and backward, half of the images clean);
     returns {recipe: ms}."""
-    n = 64 if args.device == "cuda" else 4
+    n = min(args.batch_size, 64 if args.device == "cuda" else 4)
     pixels = torch.rand(n, 3, model.size, model.size, device=args.device)
     labels = torch.zeros(n, dtype=torch.long, device=args.device)
     config, clean = model.config, torch.arange(n, device=args.device) % 2 == 0
@@ -879,15 +877,15 @@ def evaluate(groups, args):
         how = ", corrupted here in memory" + ", JPEG 85" * args.jpeg if group[-1].made else ""
         print(f"{group[0].name}: {len(group[0].samples)} images, {len(group[0].classes)} classes, "
               f"{len(group)} sets{how}")
-        if group[-1].made and not args.frost:
-            print("no frost photos (see --frost): no frost, no mCE")
+        if group[-1].made and set(args.corrupt) == set(ALEXNET) - {"frost"}:
+            print("no frost photos (see --frost): fourteen corruptions, no mCE")
         found, cut = measure(models, group, args)
-        classes = tuple(group[0].classes)
         if found:
             everything.append(found)
+            classes, own = tuple(group[0].classes), None if found[0][0].corruption else found[0][1]
             if found[0][0].clean:
-                clean[classes] = found[0][1]
-            report(models, found, clean.get(classes), cut)
+                clean[classes] = own
+            report(models, found, own or clean.get(classes), cut)
         sets += [{"name": s.name, "n": len(next(iter(row.values()))), "of": len(s.samples),
                   "classes": len(s.classes), "corrupted_here": s.made, "accuracy": {
                       m.name: {k: float(right.mean()) for (name, k), right in row.items()
