@@ -35,7 +35,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import open_clip
@@ -71,7 +71,7 @@ class Config:
     head_blocks: int = 1  # Sec. 4.1: last blocks that belong to each head (number ours)
     zero_shot: bool = False  # Sec. 4.4: the text embeddings stay the classifier
     recipe: str = "ours"  # a row of RECIPES: ours, or a baseline of Sec. 5
-    augment: str = "augmix+deepaugment"  # Sec. 4.2, D^a: augmix, augmix+deepaugment or none
+    augment: Literal["augmix", "augmix+deepaugment", "none"] = "augmix+deepaugment"  # Sec. 4.2: D^a
     extra_data: tuple = ()  # more folders of augmented images, such as DeepAugment's
     severity: int = 2  # AugMix on torchvision's scale: 2 = published 1 (ImageNet), 4 = 3 (CIFAR)
     jsd: float = 12.0  # AugMix: weight of Jensen-Shannon in --make-teacher; 0: plain cross-entropy
@@ -80,10 +80,10 @@ class Config:
     dropout: float = 0.1  # Sec. 4.3.2: rate before each classifier (rate ours)
     block_dropout: float = 0.05  # Sec. 4.3.2: rate on the branch of each tuned block (rate ours)
     passes: int = 10  # Sec. 4.3.2: MC dropout passes K (number ours)
-    rule: str = "kl-u"  # Eq. 6; ablations: u, kl, confidence
-    mc: str = "head"  # the K passes run through the classifier; ablation: tuned, all tuned blocks
+    rule: Literal["kl-u", "u", "kl", "confidence"] = "kl-u"  # Eq. 6; the others are ablations
+    mc: Literal["head", "tuned"] = "head"  # K passes through the classifier; ablation: tuned blocks
     tune_batch_norm: bool = False  # ablation: update batch-norm statistics of the tuned part
-    optimizer: str = "adamw"  # ours: adamw, or sgd with momentum 0.9
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # ours; sgd has momentum 0.9
     lr: float = 1e-4  # ours: peak learning rate, after warm-up, before cosine decay
     weight_decay: float = 1e-4  # ours
     epochs: int = 10  # ours
@@ -91,7 +91,7 @@ class Config:
     limit: int = 0  # use so many training images, drawn by the seed; 0: all
     seed: int = 0  # of weights, order, views and dropout masks
     workers: int = min(8, os.cpu_count() or 1)  # data loading processes, for each process
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
 
 # --- The student: M = M_h . M_s . M_b (Eq. 1) with three heads (Sec. 4.1, Fig. 4) -----------------
 
@@ -397,7 +397,7 @@ def measured(views, config, title=None):
                           "remove it")
         yield pixels.to(config.device) / 255, labels.to(config.device)
 
-# --- Networks: loading, splitting, saving ---------------------------------------------------------
+# --- Networks: splitting, loading, saving ---------------------------------------------------------
 
 class Part(nn.Module):
     """A shallow copy of `net` with only the children and tensors in `keep`; runs run(net, x)."""
@@ -411,50 +411,54 @@ class Part(nn.Module):
     def forward(self, x):
         return self.run(self.net, x)
 
-def sections(net):
-    """(stem, blocks, pool, classifier) of a library's network; raises Refusal (Sec. 4.1).
+STAGES = "layer1 layer2 layer3 layer4"
+stages = lambda net: [block for name in STAGES.split() for block in getattr(net, name)]
+token = lambda x, alone: x[:, :1] if alone else x  # of a pooled class token, norm only that: exact
 
-    `pool` takes the last block's activations to one vector (B, D): pooling, norm, projection. A ViT
-    pools before its final norm, which is equal to the bit and leaves a single token to normalise.
-    """
+FAMILIES = {  # what holds the blocks; what follows them; the classifier; blocks; stem; pool
+    "open_clip VisionTransformer": (
+        "transformer", "ln_post attn_pool proj", "", lambda n: n.transformer.resblocks,
+        lambda n, x: n._embeds(x), lambda n, x: n._pool(
+            token(x, n.pool_type == "tok" and n.attn_pool is None))[0] @ n.proj),
+    "open_clip ModifiedResNet": (
+        STAGES, "attnpool", "", stages, lambda n, x: n.stem(x), lambda n, x: n.attnpool(x)),
+    "timm VisionTransformer": (
+        "blocks", "norm fc_norm attn_pool head_drop head", "head", lambda n: n.blocks,
+        lambda n, x: n.norm_pre(n.patch_drop(n._pos_embed(n.patch_embed(x)))),
+        lambda n, x: n.forward_head(n.norm(token(x, n.global_pool == "token")))),
+    "timm ResNet": (
+        STAGES, "global_pool fc", "fc", stages,
+        lambda n, x: n.maxpool(n.act1(n.bn1(n.conv1(x)))), lambda n, x: n.forward_head(x)),
+    "timm ConvNeXt": (
+        "stages", "norm_pre head", "head.fc", lambda n: [
+            block if i else nn.Sequential(stage.downsample, block)
+            for stage in n.stages for i, block in enumerate(stage.blocks)],
+        lambda n, x: n.stem(x), lambda n, x: n.forward_head(n.norm_pre(x))),
+    "torchvision ResNet": (
+        STAGES, "avgpool fc", "fc", stages, lambda n, x: n.maxpool(n.relu(n.bn1(n.conv1(x)))),
+        lambda n, x: n.avgpool(x).flatten(1)),
+    "torchvision VisionTransformer": (
+        "encoder", "ln heads", "heads.head", lambda n: n.encoder.layers,
+        lambda n, x: n.dropout(n.pos_embedding + torch.cat(
+            [n.class_token.expand(len(x), -1, -1), n._process_input(x)], dim=1)),
+        lambda n, x: n.heads(n.ln(x[:, 0])))}
+
+def sections(net):
+    """(stem, blocks, pool, classifier) of a library's network (Sec. 4.1), which loses its
+    classifier; raises Refusal. `pool` takes the last block's activations to one vector (B, D)."""
     kind = f"{type(net).__module__.split('.')[0]} {type(net).__name__}"
-    names = {*net._modules, *net._parameters} - {"layer1", "layer2", "layer3", "layer4", "fc"}
-    if kind == "open_clip VisionTransformer" and net.attn_pool is None and net.pool_type == "tok":
-        return (Part(net, names - {"transformer", "ln_post", "proj"}, lambda n, x: n._embeds(x)),
-                net.transformer.resblocks,
-                Part(net, {"ln_post", "proj"}, lambda n, x: n.ln_post(x[:, 0]) @ n.proj), None)
-    if kind == "timm VisionTransformer":
-        last = {"norm", "fc_norm", "attn_pool"}
-        return (Part(net, names - last - {"blocks", "head_drop", "head"},
-                     lambda n, x: n.norm_pre(n.patch_drop(n._pos_embed(n.patch_embed(x))))),
-                net.blocks, Part(net, last, (lambda n, x: n.fc_norm(n.norm(x[:, 0])))
-                                 if net.global_pool == "token"
-                                 else lambda n, x: n.fc_norm(n.pool(n.norm(x)))), net.head)
+    if kind not in FAMILIES:
+        raise Refusal(f"cannot split a {kind}: not one of {', '.join(FAMILIES)}; give "
+                      "RobustStudent your own modules")
+    body, last, classifier, blocks, stem, pool = FAMILIES[kind]
     if kind == "torchvision VisionTransformer":
-        patches = Part(net, {"conv_proj", "class_token"}, lambda n, x: torch.cat(
-            [n.class_token.expand(len(x), -1, -1), n._process_input(x)], dim=1))
-        tokens = Part(net.encoder, {"pos_embedding", "dropout"},
-                      lambda n, x: n.dropout(x + n.pos_embedding))
-        pool = Part(net.encoder, {"ln"}, lambda n, x: n.ln(x[:, 0]))
-        return (nn.Sequential(patches, tokens), net.encoder.layers,
-                nn.Sequential(pool, *net.heads[:-1]), net.heads[-1])
-    if kind == "timm ConvNeXt":
-        blocks = [block if i else nn.Sequential(stage.downsample, block)
-                  for stage in net.stages for i, block in enumerate(stage.blocks)]
-        pool = Part(net.head, {"global_pool", "norm", "flatten", "pre_logits"},
-                    lambda n, x: n.pre_logits(n.flatten(n.norm(n.global_pool(x)))))
-        return net.stem, blocks, nn.Sequential(net.norm_pre, pool), net.head.fc
-    if kind in ("open_clip ModifiedResNet", "timm ResNet", "torchvision ResNet"):
-        blocks = [block for i in "1234" for block in getattr(net, f"layer{i}")]
-        if kind.startswith("open_clip"):
-            stem = Part(net, names - {"attnpool"}, lambda n, x: n.stem(x))
-            return stem, blocks, net.attnpool, None
-        stem = Part(net, names - {"avgpool", "global_pool"}, lambda n, x: n.maxpool(
-            (n.act1 if hasattr(n, "act1") else n.relu)(n.bn1(n.conv1(x)))))
-        pool = getattr(net, "global_pool", None) or nn.Sequential(net.avgpool, nn.Flatten(1))
-        return stem, blocks, pool, net.fc
-    raise Refusal(f"cannot split a {kind}: not an open_clip ViT or ResNet, a timm ViT, ResNet or "
-                  "ConvNeXt, nor a torchvision ViT or ResNet; give RobustStudent your own modules")
+        for name in ("pos_embedding", "dropout", "ln"):
+            setattr(net, name, getattr(net.encoder, name))
+    fitted = net.get_submodule(classifier) if classifier else None
+    if classifier:
+        net.set_submodule(classifier, nn.Identity())
+    first = {*net._modules, *net._parameters} - {*body.split(), *last.split()}
+    return Part(net, first, stem), blocks(net), Part(net, last.split(), pool), fitted
 
 class Network(nn.Module):
     """A whole network M as stem, blocks, pool, classifier: pixels (B, 3, H, W) -> logits (B, C).
@@ -504,8 +508,8 @@ def assemble(network, at, config):
     blocks, (k, n) = list(network.blocks), at
     student = RobustStudent(nn.Sequential(network.stem, *blocks[:k]), nn.Sequential(*blocks[k:n]),
                             nn.Sequential(*blocks[n:], network.pool, network.classifier), config)
-    student.size, student.class_names = network.size, network.class_names
-    student.text_embeddings = network.text_embeddings
+    for name in ("size", "class_names", "text_embeddings"):
+        setattr(student, name, getattr(network, name))
     student.origin = {"split": at, "class_names": network.class_names,
                       "classifier": network.classifier.state_dict()}
     return student
@@ -533,10 +537,7 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
     try:
         whole, net, *others = (build_unimodal if unimodal else build_clip)(
             name, tag, image_size, model_args or {})
-        if 0 < image_size <= 64 and hasattr(net, "maxpool"):
-            if tag is not None:
-                raise Refusal(f"--image-size {image_size}: {name} gets a 3x3 stem, for which there "
-                              "are no weights; give --pretrained none or NAME:FILE")
+        if 0 < image_size <= 64 and tag is None and hasattr(net, "maxpool"):
             first, *rest = layers(net.conv1)  # a strided 7x7 stem is wrong here: 3x3, no pooling
             small = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=False)
             net.conv1, net.maxpool = nn.Sequential(small, *rest) if rest else small, nn.Identity()
@@ -567,7 +568,7 @@ def build_clip(name, tag, image_size, args):
         names = [open_clip.IMAGENET_CLASSNAMES[wnids.index(n)] if n in wnids  # by index: only 998
                  else n.replace("_", " ") for n in names]                     # names differ
         weight = open_clip.build_zero_shot_classifier(clip, tokenizer, names, templates).T
-        return weight, clip.logit_scale.exp().item()
+        return weight.contiguous(), clip.logit_scale.exp().item()
 
     size = int(np.max(clip.visual.image_size))
     return clip, clip.visual, size, prepare["mean"], prepare["std"], text_embeddings
@@ -603,14 +604,15 @@ def classifier_from(state, prefix="", trained=True):
     return classifier
 
 def read_tensors(path, kind=None):
-    """Tensors and plain data of a file, by weights_only=True; `kind` is "network" or "plug-in"."""
+    """Tensors and plain data of a file, by weights_only=True; `kind` is "network" or "plug-in".
+    Raises Refusal; no code in the file ever runs."""
     if not Path(path).is_file():
         how = "--student ViT-L-14 --teacher vit_b16.pt" if kind == "plug-in" else \
             "--make-teacher vit_b_16 --data imagenet/"
         raise Refusal(f"{path}: no such file; make it with: python robustify.py {how} --out {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file may raise anything; a pickle's code never runs
+    except Exception as error:  # a broken file may raise anything
         raise Refusal(f"{path}: not a readable checkpoint (truncated, of another format, or with "
                       "code in it); make or download it again") from error
     if kind and (not isinstance(content, dict) or content.get("format") != f"robustify {kind}"):
@@ -701,17 +703,15 @@ def fit(loss_of, model, views, validation, config, write):
     kind, extra = {"adamw": (torch.optim.AdamW, {}),
                    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})}[config.optimizer]
     optimizer = kind(tuned, config.lr, weight_decay=config.weight_decay, **extra)
-    steps = config.epochs * len(loader(views, config, epoch=0))
-    warmup = max(1, steps // 20)
+    steps, replaced = config.epochs * len(loader(views, config, epoch=0)), set()
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
-        (s + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, s - warmup) / max(1, steps - warmup))))
-    replaced = set()
+        1, 20 * (s + 1) / steps) * (0.5 + 0.5 * np.cos(np.pi * s / steps)))
     for epoch in range(config.epochs):
-        model.train()
         bar = tqdm(loader(views, config, epoch), f"epoch {epoch + 1}/{config.epochs}",
-                   disable=RANK > 0, mininterval=2)
-        start, waited, seen = time.perf_counter(), 0.0, 0
-        ready = start
+                   unit=" images", unit_scale=config.batch_size, mininterval=2, disable=RANK > 0)
+        model.train()
+        start = ready = time.perf_counter()
+        waited = 0.0
         for step, (pixels, labels, is_clean, unreadable) in enumerate(bar):
             waited += time.perf_counter() - ready
             replaced |= set(unreadable[unreadable >= 0].tolist())
@@ -729,9 +729,9 @@ def fit(loss_of, model, views, validation, config, write):
             nn.utils.clip_grad_norm_(tuned, 1.0)  # T^2 scales gradients
             optimizer.step()
             schedule.step()
-            ready, seen = time.perf_counter(), seen + len(labels) * PROCESSES
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {seen / (ready - start):.0f} images/s, "
-                                f"{waited / (ready - start):.0%} waiting for data", refresh=False)
+            ready = time.perf_counter()
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {waited / (ready - start):.0%} waiting "
+                                "for data", refresh=False)
         if RANK == 0:
             scores = accuracy(model, validation, config) if validation else {}
             print(f"epoch {epoch + 1}:", *(f"{k} {100 * v:.1f}" for k, v in scores.items()))
@@ -740,19 +740,17 @@ def fit(loss_of, model, views, validation, config, write):
         print(f"{len(replaced)} unreadable images were replaced by the next readable one: "
               + ", ".join(str(views.samples[i][0]) for i in sorted(replaced)[:3]))
 
-def prepare(name, kind, config, teacher=None):
-    """(Network, teacher or None, Views, validation Views or None) for --data and --extra-data."""
+def prepare(name, kind, config, teacher=""):
+    """(Network, teacher or None, Views, validation Views or None) for --data and --extra-data; a
+    wrong folder is refused before any network is built. Raises Refusal."""
     parts = [Path(config.data, part) for part in ("train", "val", "test")]
-    train, *held_out = [part for part in parts if part.is_dir()] if parts[0].is_dir() \
-        else [config.data]
+    train, *held_out = [p for p in parts if p.is_dir()] if parts[0].is_dir() else [config.data]
     samples, names = image_folder(train)
     if config.limit:
         keep = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
         samples = [samples[i] for i in sorted(keep)]
     others = [(folder, *image_folder(folder)) for folder in (*held_out[:1], *config.extra_data)]
     teacher = load_network(teacher).to(config.device).eval() if teacher else None
-    if teacher and teacher.classifier is None:
-        raise Refusal(f"--teacher {config.teacher}: has no classifier; see --make-teacher")
     network = load_network(name, config.pretrained, config.image_size, config.model_args,
                            config.seed)
     for what, _, classes in (*others, (name, None, network.class_names),
@@ -760,9 +758,9 @@ def prepare(name, kind, config, teacher=None):
         if classes is not None and list(classes) != names:
             raise Refusal(f"{what} has {len(classes)} classes ({', '.join(classes[:3])} ...), but "
                           f"--data {len(names)} ({', '.join(names[:3])} ...): they must agree")
-    if teacher and len(teacher.classifier.weight) != len(names):
-        raise Refusal(f"--teacher {config.teacher} has {len(teacher.classifier.weight)} classes, "
-                      f"--data has {len(names)}")
+    if teacher and (teacher.classifier is None or len(teacher.classifier.weight) != len(names)):
+        raise Refusal(f"--teacher {config.teacher}: has no classifier of the {len(names)} classes "
+                      "in --data; see --make-teacher")
     network.class_names = names
     give_classifier(network, samples, config)
     validation = Views(others.pop(0)[1], network.size, "centre", config) if held_out else None
@@ -779,8 +777,6 @@ def prepare(name, kind, config, teacher=None):
 def linear_probe(features, labels, classifier, weight_decay=1e-4):
     """Fits the module `classifier` in place to features (n, D) and labels (n,) by L-BFGS (Sec. 5):
     mean cross-entropy + weight_decay * squared norm."""
-    for p in classifier.parameters():
-        p.data = p.data.contiguous()  # torch's L-BFGS flattens them
     optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=100,
                                   line_search_fn="strong_wolfe")
 
@@ -800,16 +796,15 @@ def give_classifier(network, samples, config):
     """Where the network has no classifier for its class names: text embeddings, or a new layer; in
     VE a student's is then fitted as a linear probe on features of centre crops (Sec. 5)."""
     own, names = network.classifier, network.class_names
-    if own is not None and own.weight.shape[0] == len(names) and not config.zero_shot:
+    if own is not None and len(own.weight) == len(names) and not config.zero_shot:
         return
     if network.text_embeddings:
         network.classifier = CosineClassifier(*network.text_embeddings(names), not config.zero_shot)
     elif config.zero_shot:
         raise Refusal(f"--zero-shot needs a student with a text encoder, not {config.student}")
     else:
-        with torch.no_grad():
-            width = network.eval().features(torch.zeros(1, 3, network.size, network.size)).shape[1]
-        network.classifier = nn.Linear(width, len(names))
+        network.classifier = nn.LazyLinear(len(names))
+        network.eval()(torch.zeros(1, 3, network.size, network.size))  # tells it the width
     if config.zero_shot or config.make_teacher:
         return
     network.eval().to(config.device)
@@ -835,7 +830,7 @@ def tune_student(config):
     if distil and not config.teacher:
         raise Refusal(f"--recipe {config.recipe} needs --teacher FILE.pt; see --make-teacher")
     network, teacher, views, validation = prepare(config.student, "coin", config,
-                                                  config.teacher if distil else None)
+                                                  config.teacher if distil else "")
     k, n = at = split(network, config.fraction, config.head_blocks)
     shared, head = (count(*parts) / count(network) for parts in (
         network.blocks[k:n], (network.blocks[n:], network.pool, network.classifier)))
@@ -887,37 +882,35 @@ def demo(folder="demo"):
 
 # --- main -----------------------------------------------------------------------------------------
 
+def refuse(message):
+    """Raises Refusal: what argparse shall do with an error."""
+    raise Refusal(message)
+
 def parse(arguments):
     """Config from the command line; its comments are the help. Raises Refusal."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
     comments = dict(re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)))
-    choices = {"recipe": RECIPES, "rule": ("kl-u", "u", "kl", "confidence"),
-               "mc": ("head", "tuned"), "optimizer": ("adamw", "sgd"),
-               "augment": ("augmix", "augmix+deepaugment", "none"), "device": ("cuda", "cpu")}
+    how = {bool: {"action": "store_true"}, tuple: {"nargs": "*"}, dict: {"type": json.loads}}
     for f in fields(Config):
-        how = {bool: {"action": "store_true"}, tuple: {"nargs": "*"}, dict: {"type": json.loads}}
-        how = how.get(f.type, {"type": f.type, "choices": choices.get(f.name)})
+        choices = RECIPES if f.name == "recipe" else get_args(f.type) or None
+        kind = how.get(f.type, {"type": type(f.default), "choices": choices})
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default,
-                            help=comments[f.name], **how)
+                            help=comments[f.name], **kind)
     config = Config(**vars(parser.parse_args(arguments)))
     config.out = config.out or ("teacher.pt" if config.make_teacher else "robust.pt")
     if not Path(config.out).parent.is_dir():
         raise Refusal(f"--out {config.out}: make its folder first")
     if config.out in (config.student, config.teacher, config.make_teacher):
         raise Refusal(f"--out {config.out}: would overwrite what it is made from")
-    for name, low, high in (("epochs", 1, 1e9), ("passes", 1, 1e9), ("batch_size", 1, 1e9),
-                            ("severity", 1, 10), ("dropout", 0, 0.99), ("head_blocks", 0, 1e9),
-                            ("block_dropout", 0, 0.99), ("seed", 0, 1e9), ("limit", 0, 1e9),
-                            ("workers", 0, 1e9), ("image_size", 0, 1e9)):
-        if not low <= getattr(config, name) <= high:
-            raise Refusal(f"--{name.replace('_', '-')}: from {low} to {high:g}")
+    limits = dict.fromkeys(("epochs", "passes", "batch_size"), (1, np.inf)) | dict.fromkeys(
+        ("dropout", "block_dropout"), (0, 0.99)) | {"severity": (1, 10)}
+    for name, value in vars(config).items():
+        low, high = limits.get(name, (0, np.inf))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise Refusal(f"--{name.replace('_', '-')}: from {low} to {high}")
     return config
-
-def refuse(message):
-    """Raises Refusal: what argparse shall do with an error."""
-    raise Refusal(message)
 
 def join_processes(device):
     """Under torchrun: let this process speak with the others, on its own GPU."""

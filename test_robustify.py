@@ -1,6 +1,7 @@
 """Tests of robustify.py and eval.py, each against an independent oracle; no downloads, no GPU."""
 
 import colorsys
+import copy
 import io
 import json
 import math
@@ -110,7 +111,8 @@ def whole_and_network(family):
     """(pixels -> logits by the library's own forward, Network of the same weights)."""
     size, _, build = FAMILIES[family]
     net, mean, std = randomise(build()), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    network, classifier = rb.Network(net, size, mean, std, None, {}).eval(), nn.Identity()
+    network = rb.Network(copy.deepcopy(net), size, mean, std, None, {}).eval()
+    classifier = nn.Identity()
     if network.classifier is None:  # CLIP's towers have none of their own
         classifier = network.classifier = randomise(nn.Linear(32, 5))
     shift, scale = (torch.tensor(t)[:, None, None] for t in (mean, std))
@@ -590,7 +592,8 @@ def test_noise_statistics():
                             ("impulse_noise", lambda c: c**0.5 / 2)):
         noisy = ev.corrupt(grey, name, 3, range(4)) / 255
         assert abs(noisy.mean() - x) < 0.004  # half a level is lost where noise is truncated
-        assert noisy.std().item() == pytest.approx(deviation(ev.CORRUPTIONS[name][1][64][2]), rel=0.03)
+        expected = deviation(ev.CORRUPTIONS[name][1][64][2])
+        assert noisy.std().item() == pytest.approx(expected, rel=0.03)
 
 # --- 11. Metrics and data layouts -----------------------------------------------------------------
 def test_mce_by_hand():
