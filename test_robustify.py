@@ -624,6 +624,116 @@ def test_columns():
         with pytest.raises(rb.Refusal, match="mine"):
             column(classes, names, 2)
 
+WNIDS = timm.data.ImageNetInfo("imagenet-1k").label_names()
+
+class Reader(nn.Module):
+    """A stand-in for an ImageNet network of 32 px whose two best classes are written in the top
+    left pixel of an image: it tells whether that pixel and its label arrive where they should."""
+    size, class_names, text_embeddings = 32, None, None
+
+    def __init__(self, outputs=1000):
+        super().__init__()
+        self.classifier = nn.Linear(1, outputs)
+
+    def predict(self, pixels, with_original=False):
+        digits = (pixels[:, :, 0, 0] * 255).round().long()
+        best = (digits * torch.tensor([65536, 256, 1])).sum(1)
+        p = torch.zeros(len(best), len(self.classifier.weight))
+        p[range(len(best)), best % 1000] = 0.3
+        p[range(len(best)), best // 1000] = 0.7
+        return rb.Prediction(p, None, None, {"model": p})
+
+def written(first, second=999):
+    """(32, 32, 3) uint8, of which Reader reads these two classes."""
+    code = first * 1000 + second
+    return np.full((32, 32, 3), (code >> 16, code >> 8 & 255, code & 255), np.uint8)
+
+def measured_by_reader(monkeypatch, tmp_path, folders, *flags, outputs=1000):
+    """The sets of --json after eval.py has met these folders of images {path: pixels}."""
+    for path, pixels in folders.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / path)
+    monkeypatch.setattr(ev, "load_network", lambda *args: Reader(outputs))
+    data = dict.fromkeys(str(tmp_path / Path(path).parts[0]) for path in folders)
+    assert ev.main([*EVAL, "--data", *data, "--model", "reader", "--json",
+                    str(tmp_path / "out.json"), *flags]) == 0
+    return {s["name"]: s for s in json.loads((tmp_path / "out.json").read_text())["sets"]}
+
+def test_imagenet_layouts(monkeypatch, tmp_path, capsys):
+    sets = measured_by_reader(monkeypatch, tmp_path, {
+        # ImageNet-R, -A: the best class of all may be outside of the subset
+        f"in-r/{WNIDS[5]}/0.png": written(5), f"in-r/{WNIDS[5]}/1.png": written(6, 5),
+        f"in-r/{WNIDS[9]}/0.png": written(9), f"in-r/{WNIDS[9]}/1.png": written(5, 9),
+        # ImageNet-V2: sorted as text, 100 comes before 2
+        **{f"v2/{i}/0.png": written(i) for i in (0, 1, 2, 10)}, "v2/100/0.png": written(3),
+        # Sketch, and ImageNet itself, are all classes or some of them
+        f"sketch/{WNIDS[999]}/0.png": written(999, 0), f"sketch/{WNIDS[0]}/0.png": written(1, 0),
+        **{f"in-c/{c}/{s}/{WNIDS[i]}/0.png": written(i if i < right else 8, 7)
+           for c, right in (("fog", 2), ("snow", 3)) for s in (1, 4) for i in range(4)}})
+    found = {name: (s["n"], s["classes"], s["accuracy"]["reader"]) for name, s in sets.items()}
+    assert found == {
+        "in-r": (4, 2, {"model": 0.75, "model of all": 0.5}),
+        "v2": (5, 5, {"model": 0.8, "model of all": 0.8}),
+        "sketch": (2, 2, {"model": 1.0, "model of all": 0.5}),
+        **{f"in-c/{c}/{s}": (4, 4, {"model": share, "model of all": share})
+           for c, share in (("fog", 0.5), ("snow", 0.75)) for s in (1, 4)}}
+    # Tables 1 to 3 end with the mean over the four shifts, of which in-c counts 62.5 %.
+    assert "| average of 4 shifts |   79.4 |" in capsys.readouterr().out
+
+def test_objectnet_layout(monkeypatch, tmp_path):
+    """Labels are sorted; two outputs mean a clock; a box is no ImageNet class; a border of 1 px,
+    smeared over 2, is no part of the photo."""
+    framed = lambda *classes: np.pad(written(*classes), ((2, 2), (2, 2), (0, 0)))
+    for name, content in (("folder_to_objectnet_label", {"z_clock": "Alarm clock", "box": "Box",
+                                                         "banana": "Banana"}),
+                          ("imagenet_pytorch_id_to_objectnet_id", {"409": 0, "530": 0, "954": 1})):
+        (tmp_path / "on/mappings").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"on/mappings/{name}.json").write_text(json.dumps(content))
+    on, = measured_by_reader(monkeypatch, tmp_path, {
+        "on/images/z_clock/0.png": framed(530), "on/images/z_clock/1.png": framed(409),
+        "on/images/z_clock/2.png": framed(1, 954), "on/images/box/0.png": framed(954),
+        "on/images/banana/0.png": framed(700, 954), "on/images/banana/1.png": framed(954, 409)
+    }).values()
+    assert (on["n"], on["classes"]) == (5, 2)  # the box does not count
+    assert on["accuracy"]["reader"] == {"model": 0.8, "model of all": 0.6}
+
+def test_cifar_c_arrays(monkeypatch, tmp_path):
+    (tmp_path / "c10-c").mkdir()
+    labels = np.arange(50) % 10
+    for name, wrong in (("fog", 4), ("jpeg_compression", 7)):  # severity 2 of 10 images, 4 wrong
+        images = np.stack([written(i if not 10 <= n < 10 + wrong else (i + 1) % 10)
+                           for n, i in enumerate(labels)])
+        np.save(tmp_path / f"c10-c/{name}.npy", images)
+    np.save(tmp_path / "c10-c/labels.npy", labels)
+    sets = measured_by_reader(monkeypatch, tmp_path, {"c10-c/unused.png": written(0)})
+    assert {name: (s["n"], s["accuracy"]["reader"]["model"]) for name, s in sets.items()} == {
+        f"c10-c/{name}/{s}": (10, share if s == 2 else 1.0)
+        for name, share in (("fog", 0.6), ("jpeg_compression", 0.3)) for s in (1, 2, 3, 4, 5)}
+
+def test_corrupted_folder_is_the_memory_written_down(trained, tmp_path):
+    """--corrupt-to writes ImageNet-C's layout, which measures as --corrupt does in memory."""
+    base, sets = ["--data", str(trained / "data"), *EVAL], {}
+    corrupt = ["--corrupt", "gaussian_noise", "pixelate", "--severity", "2", "5"]
+    assert ev.main([*base, *corrupt, "--corrupt-to", str(tmp_path / "data")]) == 0
+    for name, flags in (("memory", [*base, *corrupt]),
+                        ("files", ["--data", str(tmp_path / "data"), *EVAL])):
+        file = tmp_path / f"{name}.json"
+        assert ev.main([*flags, "--json", str(file), "--model", str(trained / "robust.pt")]) == 0
+        sets[name] = {s["name"]: (s["n"], s["accuracy"]) for s in
+                      json.loads(file.read_text())["sets"]}
+    assert sets["memory"].pop("data")[0] == 16 and len(sets["files"]) == 4
+    assert sets["files"] == sets["memory"]
+
+def test_each_image_counts_once_under_torchrun(trained, tmp_path):
+    """Three processes for 16 images; the shares differ in size."""
+    files = [tmp_path / f"{n}.json" for n in (1, 3)]
+    flags = ["eval.py", "--data", trained / "data", "--corrupt", "shot_noise", "--severity", 3,
+             *EVAL, "--model", trained / "robust.pt", "--json"]
+    command(*flags, files[0])
+    command("-m", "torch.distributed.run", "--nproc-per-node", 3, *flags, files[1])
+    one, three = (json.loads(file.read_text())["sets"] for file in files)
+    assert one == three and [s["n"] for s in one] == [16, 16]
+
 # --- 12. Command lines ----------------------------------------------------------------------------
 def command(*arguments):
     subprocess.run([sys.executable, *map(str, arguments)], cwd=Path(__file__).parent, check=True)
