@@ -20,10 +20,10 @@ the oracle, which is right where the clean or the unclean head is.
 
 import argparse
 import functools
-import io
+import importlib.util
 import json
 import math
-import os
+import re
 import sys
 import time
 from contextlib import redirect_stdout
@@ -49,59 +49,40 @@ from robustify import (HEADS, PROCESSES, RANK, RECIPES, Config, Refusal, RobustS
 ALEXNET = dict(  # top-1 error of AlexNet [11], for mCE
     gaussian_noise=.886428, shot_noise=.894468, impulse_noise=.922640, defocus_blur=.819880,
     glass_blur=.826268, motion_blur=.785948, zoom_blur=.798360, snow=.866816, frost=.826572,
-    fog=.819324, brightness=.564592, contrast=.853204, elastic_transform=.646056,
-    pixelate=.717840, jpeg_compression=.606500)
+    fog=.819324, brightness=.564592, contrast=.853204, elastic_transform=.646056, pixelate=.717840,
+    jpeg_compression=.606500)
 ALEXNET_CLEAN = 0.43478
-DEMO = ["speckle_noise", "gaussian_blur", "saturate", "impulse_noise", "defocus_blur",
-        "jpeg_compression"]
+DEMO = "speckle_noise gaussian_blur saturate impulse_noise defocus_blur jpeg_compression".split()
+STOPPED = "stopped by Ctrl-C: partial, the tables hold what was finished"
 
 # --- Corruptions [11], batched; parameters for severity 1-5 at 224, 64 and 32 px ------------------
 
-CORRUPTIONS = {}  # name -> (function of x (B, 3, n, n) in [0, 1], draws, parameters), parameters
-SIZES = (224, 64, 32)
+CORRUPTIONS = {}  # name -> function of x (B, 3, n, n) in [0, 1], draw, parameters; {n: parameters}
 ROUNDING = 1e-4  # the original truncates to 8 bits: keeps what is exact there exact in float32
 
 def corruption(*parameters):
-    """Register a function under its name; the parameters of each of SIZES, for five severities."""
+    """Register a function under its name; the parameters of each size, for five severities."""
     def register(function):
-        CORRUPTIONS[function.__name__] = function, dict(zip(SIZES, parameters))
+        CORRUPTIONS[function.__name__] = function, dict(zip((224, 64, 32), parameters))
         return function
     return register
 
-@dataclass
-class Draws:
-    """Random numbers of a batch: those of an image come from its own generator."""
-    generators: list
-    device: torch.device
-    frost: str = None  # folder of the frost photos
-
-    def each(self, draw, *columns):
-        rows = zip(self.generators, *columns)
-        return torch.stack([draw(*row) for row in rows]).to(self.device)
-
-    def normal(self, like):
-        return self.each(lambda g: torch.randn(like.shape[1:], generator=g))
-
-    def uniform(self, low, high, *shape):
-        return self.each(lambda g: torch.empty(shape).uniform_(low, high, generator=g))
-
 @corruption((.08, .12, .18, .26, .38), (.04, .08, .12, .15, .18), (.04, .06, .08, .09, .1))
-def gaussian_noise(x, draws, sigma):
-    return x + sigma * draws.normal(x)
+def gaussian_noise(x, draw, sigma):
+    return x + sigma * draw(lambda g: torch.randn(x.shape[1:], generator=g))
 
 @corruption((60, 25, 12, 5, 3), (250, 100, 50, 30, 15), (500, 250, 100, 75, 50))
-def shot_noise(x, draws, rate):
-    return draws.each(lambda g, image: torch.poisson(image, g), (x * rate).cpu()) / rate
+def shot_noise(x, draw, rate):
+    return draw(lambda g, image: torch.poisson(image, g), (x * rate).cpu()) / rate
 
 @corruption((.03, .06, .09, .17, .27), (.01, .02, .05, .08, .14), (.01, .02, .03, .05, .07))
-def impulse_noise(x, draws, amount):
-    u = draws.uniform(0, 1, *x.shape[1:])
+def impulse_noise(x, draw, amount):
+    u = draw(lambda g: torch.rand(x.shape[1:], generator=g))
     return torch.where(u < amount / 2, 0, torch.where(u < amount, 1, x))
 
-@corruption(((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)),
-            ((.5, .6), (1, .1), (1.5, .1), (2.5, .01), (3, .1)),
-            ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)))
-def defocus_blur(x, draws, radius, alias):
+@corruption(((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)), ((.5, .6), (1, .1), (1.5, .1),
+            (2.5, .01), (3, .1)), ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)))
+def defocus_blur(x, draw, radius, alias):
     """A disk, smoothed by a Gaussian of sigma `alias`."""
     grid, reach = torch.arange(-max(8, radius), max(8, radius) + 1.0), 1 if radius <= 8 else 2
     disk = (grid[:, None]**2 + grid**2 <= radius**2).float()
@@ -110,30 +91,26 @@ def defocus_blur(x, draws, radius, alias):
     kernel, edge = F.conv2d(disk, torch.outer(blur, blur)[None, None]).to(x), len(grid) // 2
     return F.conv2d(F.pad(x, (edge,) * 4, mode="reflect"), kernel.expand(3, -1, -1, -1), groups=3)
 
-def gaussian(x, sigma, truncate=4, mirror=False):
-    """Gaussian filter over the last two axes (n, n), cut at truncate * sigma: a product from each
-    side. Edges are repeated, or mirrored as often as the kernel leaves the image."""
+def gaussian(x, sigma, truncate=4, edge="edge"):
+    """Gaussian filter of (..., n, n), cut at truncate * sigma; `edge` is a mode of np.pad."""
     n, radius = x.shape[-1], int(truncate * sigma + 0.5)
-    offsets = torch.arange(-radius, radius + 1)
-    reads = torch.arange(n)[:, None] + offsets
-    if mirror:
-        reads = torch.minimum(reads % (2 * n), 2 * n - 1 - reads % (2 * n))
-    kernel = (-offsets**2 / (2 * sigma**2)).softmax(0).expand(n, -1)
-    matrix = torch.zeros(n, n).scatter_add_(1, reads.clamp(0, n - 1), kernel).to(x)
+    reads = torch.from_numpy(np.pad(np.arange(n), radius, edge)).unfold(0, 2 * radius + 1, 1)
+    kernel = (-torch.arange(-radius, radius + 1)**2 / (2 * sigma**2)).softmax(0)
+    matrix = torch.zeros(n, n).scatter_add_(1, reads, kernel.expand(n, -1)).to(x)
     return matrix @ x @ matrix.T
 
 @corruption(((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
             ((.1, 1, 1), (.5, 1, 1), (.6, 1, 2), (.7, 2, 1), (.9, 2, 2)),
             ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)))
-def glass_blur(x, draws, sigma, shift, rounds):
+def glass_blur(x, draw, sigma, shift, rounds):
     """Blur, let pixels read others at random shifts, blur. A round goes from the bottom right to
     the top left and reads what it wrote before: chains, followed twice as far at each step."""
     n = x.shape[-1]
     x = (gaussian(x, sigma) * 255 + ROUNDING).floor() / 255
-    moves = draws.each(lambda g: torch.randint(-shift, shift, (rounds, 2, n * n), generator=g))
-    own = torch.arange(n * n, device=x.device).expand(len(x), -1)
+    moves = draw(lambda g: torch.randint(-shift, shift, (rounds, 2, n * n), generator=g))
+    reads = own = torch.arange(n * n, device=x.device).expand(len(x), -1)
     low, high = torch.minimum(own // n, own % n), torch.maximum(own // n, own % n)
-    inner, reads = (low > shift) & (high <= n - shift), own
+    inner = (low > shift) & (high <= n - shift)
     for down, right in (move.unbind(1) for move in moves.unbind(1)):
         target = torch.where(inner, own + n * down + right, own)
         written = inner.gather(1, target) & (target > own)
@@ -143,15 +120,15 @@ def glass_blur(x, draws, sigma, shift, rounds):
         reads = reads.gather(1, target.gather(1, follow))
     return gaussian(x.flatten(2).gather(2, reads[:, None].expand(-1, 3, -1)).view_as(x), sigma)
 
-@corruption(((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
-            ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
-            ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)))
-def motion_blur(x, draws, radius, sigma, low=-45, high=45):
+@corruption(((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), ((10, 1), (10, 1.5), (10, 2),
+            (10, 2.5), (12, 3)), ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)))
+def motion_blur(x, draw, radius, sigma, low=-45, high=45):
     """ImageMagick's: a one-sided Gaussian along a line at a random angle, in whole pixels."""
     n, width = x.shape[-1], 2 * radius + 1
     weights = (-torch.arange(width)**2 / (2 * sigma**2)).softmax(0).tolist()
     blurred, padded = torch.zeros_like(x), F.pad(x, (width,) * 4, mode="replicate")
-    for image, source, angle in zip(blurred, padded, draws.uniform(low, high).deg2rad().tolist()):
+    angles = draw(lambda g: torch.empty(()).uniform_(low, high, generator=g)).deg2rad().tolist()
+    for image, source, angle in zip(blurred, padded, angles):
         for i, weight in enumerate(weights):
             top, left = (width + math.ceil(i * f(angle) - 0.5) for f in (math.sin, math.cos))
             image.add_(source[:, top:top + n, left:left + n], alpha=weight)
@@ -169,7 +146,7 @@ def zoomed(x, factor):
 
 @corruption(((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
             *[((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01))] * 2)
-def zoom_blur(x, draws, stop, step):
+def zoom_blur(x, draw, stop, step):
     return torch.stack([x, *(zoomed(x, z) for z in np.arange(1, stop, step))]).mean(0)
 
 @corruption(((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
@@ -177,15 +154,15 @@ def zoom_blur(x, draws, stop, step):
             *[((.1, .2, 1, .6, 8, 3, a), (.1, .2, 1, .5, 10, 4, b), (.15, .3, 1.75, .55, 10, 4, c),
                (.25, .3, 2.25, .6, 12, 6, d), (.3, .3, 1.25, .65, 14, 12, e))
               for a, b, c, d, e in ((.8, .8, .7, .65, .6), (.95, .9, .9, .85, .8))])
-def snow(x, draws, mean, std, zoom, threshold, radius, sigma, mix):
-    flakes = zoomed(mean + std * draws.normal(x[:, :1]), zoom)
+def snow(x, draw, mean, std, zoom, threshold, radius, sigma, mix):
+    noise = draw(lambda g: torch.randn(x[0, :1].shape, generator=g))
+    flakes = zoomed(mean + std * noise, zoom)
     flakes = (torch.where(flakes < threshold, 0, flakes).clamp(0, 1) * 255).floor() / 255
-    flakes = motion_blur(flakes, draws, radius, sigma, -135, -45)
-    grey = v2.functional.rgb_to_grayscale(x)
-    x = mix * x + (1 - mix) * torch.maximum(x, 1.5 * grey + 0.5)
+    flakes = motion_blur(flakes, draw, radius, sigma, -135, -45)
+    x = mix * x + (1 - mix) * torch.maximum(x, 1.5 * v2.functional.rgb_to_grayscale(x) + 0.5)
     return x + flakes + flakes.rot90(2, (2, 3))
 
-@functools.lru_cache
+@functools.cache
 def frost_photos(folder, scale):
     """The first five photos (the sixth was never drawn), (3, H, W) in [0, 1]; raises Refusal."""
     files = sorted(Path(folder).glob("frost*.*"))[:5]
@@ -195,20 +172,18 @@ def frost_photos(folder, scale):
     return [F.interpolate(p, size=[round(n * scale) for n in p.shape[2:]], mode="bilinear")[0]
             for p in photos]
 
-@corruption(((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)),
-            ((1, .3), (.9, .4), (.8, .45), (.75, .5), (.7, .55)),
-            ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45)))
-def frost(x, draws, weight, amount):
+@corruption(((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)), ((1, .3), (.9, .4), (.8, .45),
+            (.75, .5), (.7, .55)), ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45)))
+def frost(x, draw, weight, amount, folder):
     n = x.shape[-1]
-    photos = frost_photos(draws.frost, {224: 1, 64: 0.3, 32: 0.2}[nearest(n)])
-    below = lambda limit, g: int(torch.randint(limit, (), generator=g))
+    photos = frost_photos(folder, float(np.interp(n, (32, 64, 224), (0.2, 0.3, 1))))
 
     def crop(g):
-        photo = photos[below(5, g)]
-        top, left = below(photo.shape[1] - n, g), below(photo.shape[2] - n, g)
+        photo = photos[torch.randint(5, (), generator=g)]
+        top, left = (torch.randint(side - n, (), generator=g) for side in photo.shape[1:])
         return photo[:, top:top + n, left:left + n]
 
-    return weight * x + amount * draws.each(crop)
+    return weight * x + amount * draw(crop)
 
 def plasma(n, decay, generator):
     """A diamond-square fractal (n, n) in [0, 1], cut from a map of the next power of two."""
@@ -227,34 +202,34 @@ def plasma(n, decay, generator):
     cloud = cloud - cloud.min()
     return (cloud / cloud.max())[:n, :n]
 
-@corruption(((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
-            ((.4, 3), (.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
-            ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)))
-def fog(x, draws, amount, decay):
+@corruption(((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)), ((.4, 3), (.7, 3), (1, 2.5),
+            (1.5, 2), (2, 1.75)), ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)))
+def fog(x, draw, amount, decay):
     peak = x.amax((1, 2, 3), keepdim=True)
-    cloud = draws.each(lambda g: plasma(x.shape[-1], decay, g))[:, None]
+    cloud = draw(lambda g: plasma(x.shape[-1], decay, g))[:, None]
     return (x + amount * cloud) * peak / (peak + amount)
 
 @corruption((.1, .2, .3, .4, .5), (.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3))
-def brightness(x, draws, amount):
+def brightness(x, draw, amount):
     value = x.amax(1, keepdim=True)
     return torch.where(value > 0, x / value.clamp_min(1e-8), 1) * (value + amount).clamp_max(1)
 
 @corruption((.4, .3, .2, .1, .05), (.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15))
-def contrast(x, draws, factor):
+def contrast(x, draw, factor):
     mean = x.mean((2, 3), keepdim=True)
     return (x - mean) * factor + mean
 
 @corruption(((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88),
-             (29.28, 2.44, 4.88)),
-            ((0, 0, 5.12), (3.2, 19.2, 3.84), (6.4, 5.12, 3.84), (6.4, 1.92, 1.92),
-             (10.24, 1.92, 1.28)),
-            ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, .96, .96)))
-def elastic_transform(x, draws, alpha, sigma, affine):
+             (29.28, 2.44, 4.88)), ((0, 0, 5.12), (3.2, 19.2, 3.84), (6.4, 5.12, 3.84),
+             (6.4, 1.92, 1.92), (10.24, 1.92, 1.28)), ((0, 0, 2.56), (1.6, 6.4, 2.24),
+             (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, .96, .96)))
+def elastic_transform(x, draw, alpha, sigma, affine):
     """An affine map that moves three points, then smooth displacements; all in pixels."""
     n = x.shape[-1]
     old = (torch.tensor([[1.0, 1], [1, -1], [-1, -1]]) * (n // 3) + n // 2).to(x)
-    new = old + draws.uniform(-affine, affine, 3, 2)
+    uniform = lambda limit, *shape: draw(
+        lambda g: torch.empty(shape).uniform_(-limit, limit, generator=g))
+    new = old + uniform(affine, 3, 2)
     back = torch.linalg.solve(F.pad(new, (0, 1), value=1), old.expand_as(new))
     line = torch.arange(n, device=x.device)
     grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).to(x)
@@ -262,44 +237,34 @@ def elastic_transform(x, draws, alpha, sigma, affine):
     x = F.grid_sample(x, 2 * at / (n - 1) - 1, padding_mode="reflection", align_corners=True)
     if not alpha:
         return x
-    moves = gaussian(draws.uniform(-1, 1, 2, n, n), sigma, truncate=3, mirror=True)
+    moves = gaussian(uniform(1, 2, n, n), sigma, truncate=3, edge="symmetric")
     at = grid + alpha * moves.permute(0, 2, 3, 1)
     return F.grid_sample(x, (2 * at + 1) / n - 1, padding_mode="reflection", align_corners=False)
 
-def through_pillow(x, change):
-    """x with each image changed by change(Pillow image) -> Pillow image, through 8 bits."""
-    images = [change(v2.functional.to_pil_image(i)) for i in (x * 255).round().byte().cpu()]
+@corruption((.6, .5, .4, .3, .25), (.9, .8, .7, .6, .5), (.95, .9, .85, .75, .65))
+def pixelate(x, draw, scale):
+    n, few = x.shape[-1], int(x.shape[-1] * scale)
+    images = [v2.functional.to_pil_image(i).resize((few, few), Image.BOX).resize((n, n), Image.BOX)
+              for i in (x * 255).round().byte().cpu()]
     return torch.stack([v2.functional.pil_to_tensor(i) for i in images]).to(x.device) / 255
 
-@corruption((.6, .5, .4, .3, .25), (.9, .8, .7, .6, .5), (.95, .9, .85, .75, .65))
-def pixelate(x, draws, scale):
-    n, box = x.shape[-1], Image.BOX
-    few = int(n * scale)
-    return through_pillow(x, lambda i: i.resize((few, few), box).resize((n, n), box))
-
 @corruption((25, 18, 15, 10, 7), (65, 58, 50, 40, 25), (80, 65, 58, 50, 40))
-def jpeg_compression(x, draws, quality):
-    def encoded(image):
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=quality)
-        return Image.open(file)
-
-    return through_pillow(x, encoded)
+def jpeg_compression(x, draw, quality):  # a GPU's codec would give other bytes
+    return v2.functional.jpeg((x * 255).round().byte().cpu(), quality).to(x.device) / 255
 
 # The validation corruptions, for tuning: never in a mean over the fifteen above.
 
 @corruption((.15, .2, .35, .45, .6), (.15, .2, .25, .3, .35), (.06, .1, .12, .16, .2))
-def speckle_noise(x, draws, sigma):
-    return x + x * sigma * draws.normal(x)
+def speckle_noise(x, draw, sigma):
+    return x + x * sigma * draw(lambda g: torch.randn(x.shape[1:], generator=g))
 
 @corruption((1, 2, 3, 4, 6), (.5, .75, 1, 1.25, 1.5), (.4, .6, .7, .8, 1))
-def gaussian_blur(x, draws, sigma):
+def gaussian_blur(x, draw, sigma):
     return gaussian(x, sigma)
 
-@corruption(((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)),
-            ((.3, 0), (.1, 0), (2, 0), (5, .1), (30, .2)),
-            ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)))
-def saturate(x, draws, factor, shift):
+@corruption(((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)), ((.3, 0), (.1, 0), (2, 0), (5, .1),
+            (30, .2)), ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)))
+def saturate(x, draw, factor, shift):
     """HSV saturation s -> clip(s * factor + shift, 0, 1): channels move away from the value."""
     value = x.amax(1, keepdim=True)
     s = (value - x.amin(1, keepdim=True)) / value.clamp_min(1e-8)
@@ -307,24 +272,21 @@ def saturate(x, draws, factor, shift):
     away = torch.where(s < 1e-8, red * value, (value - x) / s.clamp_min(1e-8))
     return value - away * (s * factor + shift).clamp(0, 1)
 
-def nearest(n):
-    """The size whose parameters serve n pixels."""
-    return min(SIZES, key=lambda size: abs(size - n))
-
 def corrupt(images, name, severity, indices, seed=0, frost=None):
-    """images uint8 (B, 3, n, n) -> likewise, under CORRUPTIONS[name] at severity 1 to 5.
-
-    `indices` number the images: each has its own generator, of (seed, index, name, severity), so
-    that a result does not depend on its batch. `frost` is the folder of the frost photos.
-    """
-    function, parameters = CORRUPTIONS[name]
-    parameters = parameters[nearest(images.shape[-1])][severity - 1]
-    key = list(CORRUPTIONS).index(name)
+    """images uint8 (B, 3, n, n) -> likewise, under CORRUPTIONS[name] at severity 1 to 5; `frost` is
+    the folder of its photos. `indices` number the images: each has its own random generator, of
+    (seed, index, name, severity), so that a result does not depend on its batch."""
+    (function, by_size), key = CORRUPTIONS[name], list(CORRUPTIONS).index(name)
+    values = by_size[min(by_size, key=lambda n: abs(n - images.shape[-1]))][severity - 1]
+    values = values if isinstance(values, tuple) else (values,)
     seeds = [np.random.SeedSequence((seed, int(i), key, severity)) for i in indices]
-    draws = Draws([torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in seeds],
-                  images.device, frost)
-    x = function(images.float() / 255, draws,
-                 *(parameters if isinstance(parameters, tuple) else [parameters]))
+    generators = [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in seeds]
+
+    def draw(sample, *columns):
+        """(B, ...): sample(generator, row of each column), an image at a time."""
+        return torch.stack([sample(*row) for row in zip(generators, *columns)]).to(images.device)
+
+    x = function(images.float() / 255, draw, *values, *([frost] if name == "frost" else []))
     return (x.clamp(0, 1) * 255 + ROUNDING).byte()
 
 # --- Data: folder kinds, and which outputs of a model their classes are ---------------------------
@@ -342,47 +304,57 @@ class Shift:
     objectnet: dict = None  # ObjectNet: class folder -> outputs of an ImageNet model
 
 class Pictures(Views):
-    """Centre views of a Shift: to be corrupted here at 224 px, or their own size where smaller;
-    published corruptions as they are; else at `size`. ObjectNet first loses 2 px of border."""
+    """Centre views at `size`; published corruptions as they are; what is to be corrupted here at
+    224 px, or its own size where that is smaller."""
 
-    def __init__(self, shift, size, made, args):
-        super().__init__(shift.samples, size, "centre", args)
-        self.border = 2 if shift.objectnet else 0
-        if made:
+    def __init__(self, sets, size, args):
+        super().__init__(sets[0].samples, size, "centre", args)
+        self.inside = slice(2, -2) if sets[0].objectnet else slice(None)  # its border; JPEG smears
+        if sets[-1].made:
             n = min(224, *self.read(0)[0].shape[1:])
             self.centre = v2.Compose([v2.Resize(256 if n == 224 else n), v2.CenterCrop(n)])
-        elif shift.corruption:
+        elif sets[0].corruption:
             self.centre = v2.Identity()
 
     def read(self, index):
         path, label = self.samples[index]
         if isinstance(path, tuple):
             image = np.load(path[0], mmap_mode="r")[path[1]]
-            return torch.from_numpy(image.copy()).permute(2, 0, 1), label, -1
+            return torch.tensor(image).permute(2, 0, 1), label, -1
         image, label, unreadable = super().read(index)
-        height, width = image.shape[1:]
-        inside = slice(self.border, height - self.border), slice(self.border, width - self.border)
-        return image[:, *inside], label, unreadable
+        return image[:, self.inside, self.inside], label, unreadable
 
 def shifts(folder, corruptions, severities):
-    """The test sets of a folder, told by its layout; raises Refusal."""
+    """[[Shift]] of a folder by its layout, those together that share images; raises Refusal."""
     folder, name = Path(folder), Path(folder).name
     if (folder / "labels.npy").is_file():
-        labels = np.load(folder / "labels.npy").tolist()
-        n, classes = len(labels) // 5, [str(i) for i in range(max(labels) + 1)]
-        return [Shift(f"{name}/{file.stem}/{s + 1}", [((str(file), i), labels[i]) for i in range(
-            n * s, n * s + n)], classes, file.stem, s + 1)
-            for file in sorted(folder.glob("*.npy")) if file.stem != "labels" for s in range(5)]
+        return arrays(folder)
     published = sorted(d for depth in ("*", "*/*") for d in folder.glob(f"{depth}/[1-5]")
                        if any(d.glob("*/*")))
     if published:
-        return [Shift(f"{name}/{d.parent.name}/{d.name}", *image_folder(d), d.parent.name,
-                      int(d.name)) for d in published]
+        return [[Shift(f"{name}/{d.parent.name}/{d.name}", *image_folder(d), d.parent.name,
+                       int(d.name))] for d in published]
     folder = existing(folder, "val", "test")
     plain = objectnet(folder) if (folder / "mappings").is_dir() else \
         Shift(name, *image_folder(folder), clean=folder.name in ("val", "test"))
-    return [plain] + [replace(plain, name=f"{name}/{c}/{s}", corruption=c, severity=s, made=True,
-                              clean=False) for c in corruptions for s in severities]
+    return [[plain] + [replace(plain, name=f"{name}/{c}/{s}", corruption=c, severity=s, made=True,
+                               clean=False) for c in corruptions for s in severities]]
+
+def arrays(folder):
+    """As `shifts`, of a folder of .npy files in CIFAR-10-C's layout: five severities one after the
+    other, the labels beside them. Raises Refusal."""
+    files = sorted(file for file in folder.glob("*.npy") if file.stem != "labels")
+    try:
+        labels = np.load(folder / "labels.npy").tolist()
+        lengths = {len(np.load(file, mmap_mode="r")) for file in files}
+    except (ValueError, EOFError) as error:
+        raise Refusal(f"{folder}: holds a broken .npy file; {error}") from error
+    if lengths != {len(labels)}:
+        raise Refusal(f"{folder}: needs arrays CORRUPTION.npy as long as labels.npy")
+    n, classes = len(labels) // 5, [str(i) for i in range(max(labels) + 1)]
+    samples = lambda file, s: [((str(file), i), labels[i]) for i in range(n * (s - 1), n * s)]
+    return [[Shift(f"{folder.name}/{file.stem}/{s}", samples(file, s), classes, file.stem, s)]
+            for file in files for s in range(1, 6)]
 
 def existing(folder, *names):
     """The first of folder/NAME that is a folder, else the folder itself."""
@@ -397,14 +369,13 @@ def objectnet(folder):
         outputs.setdefault(order[index], []).append(int(output))
     samples, classes = image_folder(existing(folder, "images"))
     shared = [c for c in classes if labels.get(c) in outputs]
-    place = {classes.index(c): i for i, c in enumerate(shared)}
-    return Shift(folder.name, [(path, place[k]) for path, k in samples if k in place], shared,
-                 objectnet={c: outputs[labels[c]] for c in shared})
+    samples = [(path, shared.index(classes[k])) for path, k in samples if classes[k] in shared]
+    return Shift(folder.name, samples, shared, objectnet={c: outputs[labels[c]] for c in shared})
 
 def columns(shift, names, outputs, model):
     """Outputs of each class, (classes, m): ObjectNet's by its mapping; a numeric folder is the
     output itself; others stand among the class names `names`. Raises Refusal."""
-    classes, numeric = shift.classes, lambda names: all(name.isdigit() for name in names)
+    classes, numeric = shift.classes, lambda names: all(map(str.isdigit, names))
     if shift.objectnet and outputs == 1000:
         widest = max(map(len, shift.objectnet.values()))
         return [(shift.objectnet[c] * widest)[:widest] for c in classes]
@@ -418,23 +389,23 @@ def columns(shift, names, outputs, model):
 # --- Measuring ------------------------------------------------------------------------------------
 
 def load_model(name, args):
-    """A plug-in or network for --model NAME, with .name, .heads and .zero_shot. A plain name's
-    classifier is fitted (--probe), made from text, or comes with its weights. Raises Refusal."""
+    """A plug-in or network with .name, .heads and .zero_shot. A plain name's classifier is fitted
+    (--probe), made from text, or comes with its weights. Raises Refusal."""
     saved = read_tensors(name) if name.endswith(".pt") else {}
     plug_in = isinstance(saved, dict) and saved.get("format") == "robustify plug-in"
     model = load(name) if plug_in else load_network(name, args.pretrained)
     model.name = Path(name).name.removesuffix(".pt")
     model.to(args.device, memory_format=torch.channels_last).eval()
+    if plug_in:
+        model.zero_shot = model.config.zero_shot
+        return model
+    model.heads = {}
     if args.probe and not name.endswith(".pt"):
-        train = Shift("probe", *image_folder(existing(args.probe, "train")))
-        (features,), labels = features_of([model], train, args)
-        model.classifier = best_probe(features["model"], labels, len(train.classes))
-        model.class_names = train.classes
-    if not plug_in:
-        model.heads, model.classes = {}, 0 if model.classifier is None else \
-            len(model.classifier.weight)
-    model.zero_shot = model.config.zero_shot if plug_in else \
-        not model.classes and model.text_embeddings is not None
+        samples, model.class_names = image_folder(existing(args.probe, "train"))
+        features, labels = features_of(model, samples, args)
+        model.classifier = best_probe(features["model"], labels, len(model.class_names))
+    model.classes = 0 if model.classifier is None else len(model.classifier.weight)
+    model.zero_shot = not model.classes and model.text_embeddings is not None
     if not (model.classes or model.zero_shot or args.transfer):
         raise Refusal(f"--model {name}: has no classifier; --probe DIR fits one on DIR/train")
     return model
@@ -444,7 +415,7 @@ def meet(model, shift, args):
     as new class names, ImageNet's 1000 where they are some of those (Table 2)."""
     wnids, classes = timm.data.ImageNetInfo("imagenet-1k").label_names(), shift.classes
     if model.zero_shot and not set(classes) <= set(model.class_names or []):
-        numbered = len(classes) == 1000 and all(c.isdigit() for c in classes)
+        numbered = len(classes) == 1000 and all(map(str.isdigit, classes))
         names = wnids if shift.objectnet or numbered or set(classes) <= set(wnids) else classes
         templates = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
                      "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
@@ -468,72 +439,72 @@ def judge(model, pixels, labels):
         right["clean share"] = prediction.head == HEADS.index("clean")
     return right
 
-def images_of(group, size, args):
-    """(place in the group, uint8 images, labels, indices) of all test sets of a folder, by batches;
-    what is corrupted here reads its images once. Under torchrun each process gets its share."""
-    made = group[-1].made
-    for sets in [range(len(group))] if made else [[i] for i in range(len(group))]:
-        views, start = Pictures(group[sets[0]], size, made, args), RANK
-        views.samples = views.samples[RANK::PROCESSES]
+def images_of(sets, size, args):
+    """(place in `sets`, uint8 images, labels, indices) by batches, of test sets that share their
+    images: each is read once and corrupted here. Under torchrun each process gets its share."""
+    views, n, seen = Pictures(sets, size, args), len(sets[0].samples), 0
+    views.samples = views.samples[RANK::PROCESSES]
+    with tqdm(desc=sets[0].name, total=n * len(sets), unit=" images", mininterval=2,
+              disable=RANK > 0) as bar:
         for pixels, labels in measured(views, args):
-            indices = range(start, start + PROCESSES * len(labels), PROCESSES)
-            clean, start = (pixels * 255).round().byte(), indices.stop
-            for i in sets:
-                shift = group[i]
+            indices = range(RANK, n, PROCESSES)[seen:seen + len(labels)]
+            clean, seen = (pixels * 255).round().byte(), seen + len(labels)
+            for i, shift in enumerate(sets):
                 images = clean if not shift.made else corrupt(
                     clean, shift.corruption, shift.severity, indices, args.seed, args.frost)
                 if shift.made and args.jpeg and not args.corrupt_to:
-                    images = (jpeg_compression(images / 255, None, 85) * 255).round().byte()
+                    images = v2.functional.jpeg(images.cpu(), 85).to(images.device)
                 yield i, images, labels, indices
+                bar.update(len(labels) * PROCESSES)
 
-def measure(models, group, args):
-    """Predictions of all models on the test sets of one folder.
-
-    -> ([(shift, {(model, predictor): (n,) bool})], whether Ctrl-C cut it short: then of shared
-    images those that were done, of published sets those that were finished).
-    """
-    rows, cut = [{} for _ in group], False
-    with tqdm(desc=group[0].name, total=sum(len(shift.samples) for shift in group),
-              unit=" images", disable=RANK > 0, mininterval=2) as bar:
+def measure(models, folder, args):
+    """-> ([(shift, {(model, predictor): (n,) bool, right or wrong})], whether Ctrl-C cut it short:
+    then of shared images those that were done, of published sets those that were finished)."""
+    found, cut, size = [], False, max(m.size for m in models)
+    for sets in folder:
+        rows = [{} for _ in sets]
+        for model in models:
+            meet(model, sets[0], args)
         try:
-            for i, images, labels, indices in images_of(group, max(m.size for m in models), args):
+            for i, images, labels, indices in images_of(sets, size, args):
                 for model in models:
                     for key, right in judge(model, images / 255, labels).items():
                         rows[i].setdefault((model.name, key), np.full(
-                            len(group[i].samples), -1, np.int8))[indices] = right.cpu()
-                bar.update(len(labels) * PROCESSES)
+                            len(sets[i].samples), -1, np.int8))[indices] = right.cpu()
         except KeyboardInterrupt:
             cut = True
-    if PROCESSES > 1:
-        every = [None] * PROCESSES
-        torch.distributed.all_gather_object(every, rows)
-        rows = [{key: np.max([row[key] for row in same if row], axis=0) for key in same[0]}
-                for same in zip(*every)]
-    found, shared = [], group[-1].made
-    for sets in [range(len(group))] if shared else [[i] for i in range(len(group))]:
-        if all(rows[i] for i in sets):
-            done = np.min([right for i in sets for right in rows[i].values()], axis=0) >= 0
-            if done.all() or shared and done.any():
-                found += [(group[i], {key: right[done] > 0 for key, right in rows[i].items()})
-                          for i in sets]
+        if PROCESSES > 1:
+            every = [None] * PROCESSES
+            torch.distributed.all_gather_object(every, rows)
+            rows = [{key: np.max([row[key] for row in same if row], axis=0) for key in same[0]}
+                    for same in zip(*every)]
+        if all(rows):
+            done = np.min([right for row in rows for right in row.values()], axis=0) >= 0
+            if done.all() or len(sets) > 1 and done.any():
+                found += [(shift, {key: right[done] > 0 for key, right in row.items()})
+                          for shift, row in zip(sets, rows)]
+        if cut:
+            break
     return found, cut
 
-def write_corrupted(group, args):
+def write_corrupted(sets, args):
     """Write what is corrupted here in ImageNet-C's layout: PNG, or (--jpeg) JPEG of quality 85."""
-    for k, images, labels, indices in images_of(group, 0, args):
-        for image, label, i in zip(images.cpu(), labels, indices) if group[k].made else ():
-            path = Path(args.corrupt_to, group[k].corruption, str(group[k].severity),
-                        group[k].classes[label], Path(group[k].samples[i][0]).stem)
+    if not sets[-1].made:
+        raise Refusal(f"--corrupt-to: {sets[0].name} is corrupted already")
+    for place, images, labels, indices in images_of(sets, 224, args):
+        shift = sets[place]
+        for image, label, i in zip(images.cpu(), labels, indices) if shift.made else ():
+            file = Path(shift.samples[i][0]).stem + (".JPEG" if args.jpeg else ".png")
+            path = Path(args.corrupt_to, shift.corruption, str(shift.severity),
+                        shift.classes[label], file)
             path.parent.mkdir(parents=True, exist_ok=True)
-            v2.functional.to_pil_image(image).save(
-                f"{path}.JPEG" if args.jpeg else f"{path}.png", quality=85)
+            v2.functional.to_pil_image(image).save(path, quality=85)
 
 # --- Tables ---------------------------------------------------------------------------------------
 
 def table(header, rows):
     """Aligned Markdown in percent with one decimal; what passes 100 columns follows below."""
-    cells = [[c if isinstance(c, str) else f"{100 * c:.1f}" for c in row]
-             for row in (header, *rows)]
+    cells = [[c if isinstance(c, str) else f"{100 * c:.1f}" for c in r] for r in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     fit = max(2, sum(np.cumsum(widths) + 3 * np.arange(1, len(widths) + 1) < 100))
     line = lambda row: "| " + " | ".join(
@@ -548,41 +519,36 @@ def accuracies(found, keys):
     return np.array([[row[key].mean() for key in keys] for _, row in found])
 
 def averaged(found):
-    """Which sets enter the mean, (sets,) bool: those of the fifteen corruptions (fourteen without
-    frost) where they are there, else all that are corrupted."""
-    names = {shift.corruption for shift, _ in found} - {""}
-    core = names & set(ALEXNET)
-    return np.isin([shift.corruption for shift, _ in found], [*(core if len(core) > 13 else names)])
+    """(sets,) bool, which enter the mean: the fifteen corruptions (fourteen without frost) where
+    they are there, else all that are corrupted."""
+    names = [shift.corruption for shift, _ in found]
+    core = set(names) & set(ALEXNET)
+    return np.isin(names, [*core] if len(core) > 13 else [*{*names} - {""}])
 
 def summary(found, keys, clean=None):
     """[[label, a number for each key ...]], from 0 to 1: the clean set, each corruption over its
     severities, each severity over corruptions, the mean; mCE of all fifteen at all severities, and
     relative mCE where `clean`, the row of the clean set, is known."""
     accuracy, core = accuracies(found, keys), averaged(found)
-    names = np.array([shift.corruption for shift, _ in found])
-    severities = np.array([shift.severity for shift, _ in found])
-    lines = [[found[i][0].name, *accuracy[i]] for i in np.flatnonzero(names == "")]
+    names, severities = np.array([(s.corruption, s.severity) for s, _ in found], object).T
+    sets = {name or found[0][0].name: names == name for name in dict.fromkeys(names)}
+    levels = {f"severity {s}": core & (severities == s) for s in sorted(set(severities[core]))}
+    mean = {f"mean of {len(set(names[core]))} corruptions": core} if core.any() else {}
+    chosen = sets | (levels if len(levels) > 1 else {}) | mean
+    lines = {label: accuracy[mask].mean(0) for label, mask in chosen.items()}
+    if mean and "clean share" not in [key for _, key in keys]:
+        lines["mean error"] = 1 - accuracy[core].mean(0)
+        if set(ALEXNET) <= set(names) and set(severities) >= {1, 2, 3, 4, 5}:
+            errors = np.array([1 - lines[name] for name in ALEXNET])
+            alexnet = np.array([*ALEXNET.values()])[:, None]
+            lines["mCE"] = (errors / alexnet).mean(0)
+            if clean:
+                errors = errors - (1 - accuracies([(None, clean)], keys))
+                lines["relative mCE"] = (errors / (alexnet - ALEXNET_CLEAN)).mean(0)
+    lines = [[label, *values] for label, values in lines.items()]
     of_all = [(model, f"{key} of all") for model, key in keys]
     if not names[0] and set(of_all) <= set(found[0][1]):
-        lines.append(["  of all", *accuracies(found[:1], of_all)[0]])
-    by_name = {name: accuracy[names == name].mean(0) for name in dict.fromkeys(names) if name}
-    lines += [[name, *values] for name, values in by_name.items()]
-    if not by_name:
-        return lines
-    if len(set(severities[core])) > 1:
-        lines += [[f"severity {s}", *accuracy[core & (severities == s)].mean(0)]
-                  for s in sorted(set(severities[core]))]
-    average = accuracy[core].mean(0)
-    lines.append([f"mean of {len(set(names[core]))} corruptions", *average])
-    if "clean share" not in [key for _, key in keys]:
-        lines.append(["mean error", *(1 - average)])
-        if set(ALEXNET) <= set(by_name) and set(severities) >= {1, 2, 3, 4, 5}:
-            errors = [(1 - by_name[name], error) for name, error in ALEXNET.items()]
-            lines.append(["mCE", *np.mean([ours / alexnet for ours, alexnet in errors], axis=0)])
-            if clean:
-                base = 1 - accuracies([(None, clean)], keys)[0]
-                errors = [(e - base) / (alexnet - ALEXNET_CLEAN) for e, alexnet in errors]
-                lines.append(["relative mCE", *np.mean(errors, axis=0)])
+        lines.insert(1, ["  of all", *accuracies(found[:1], of_all)[0]])
     return lines
 
 def paired(differences):
@@ -592,7 +558,7 @@ def paired(differences):
 
 def compared(models):
     """{column: (model, predictor)}: each student once before tuning, then all models."""
-    students = {m.config.student: m for m in reversed(models) if m.heads}
+    students = {(m.config.student, m.config.zero_shot): m for m in reversed(models) if m.heads}
     before = {"original" if len(students) == 1 else f"{m.name} original": (m.name, "original")
               for m in reversed(students.values())}
     return before | {m.name: (m.name, "selected" if m.heads else "model") for m in models}
@@ -613,17 +579,17 @@ def report(models, found, clean, cut):
                 print(f"{m.name} - {name} on corruptions: {paired(np.mean(gains, axis=0))}")
 
 def average_of_shifts(models, everything):
-    """Print the last table of Tables 1-3: each folder, and the mean over those that are shifts; a
-    corrupted folder counts once, by the mean over its corruptions."""
+    """Print Tables 1-3: each folder, a corrupted one by its mean, and the average over shifts."""
     keys, rows, counted = compared(models), [], []
     for found in everything:
-        core, accuracy = averaged(found), accuracies(found, keys.values())
-        for mask, ending in ((np.array([not s.corruption for s, _ in found]), ""), (core, "-C")):
-            if mask.any():
-                shift = found[int(mask.argmax())][0]
-                name = shift.name.split("/")[0] + (ending if shift.made else "")
-                rows.append([name, *accuracy[mask].mean(0)])
-                counted.append(not shift.clean)
+        first, core, accuracy = found[0][0], averaged(found), accuracies(found, keys.values())
+        name = first.name.split("/")[0]
+        if not first.corruption:
+            rows.append([name, *accuracy[0]])
+            counted.append(not first.clean)
+        if core.any():
+            rows.append([name + "-C" * found[-1][0].made, *accuracy[core].mean(0)])
+            counted.append(True)
     if sum(counted) > 1:
         average = np.mean([row[1:] for row, c in zip(rows, counted) if c], axis=0)
         rows += [[f"average of {sum(counted)} shifts", *average], ["error", *(1 - average)]]
@@ -639,17 +605,17 @@ def plot(file, models, everything, costs):
     axes = figure.subplots(1, len(labels))
     for found in everything:
         severity, core = np.array([shift.severity for shift, _ in found]), averaged(found)
+        where = f", {found[0][0].name.split('/')[0]}" if len(everything) > 1 else ""
         levels = sorted(set(severity[core | (severity == 0)]))
-        line = lambda key: [100 * accuracies(found, [key])[(severity == level) & (
-            core | (level == 0))].mean() for level in levels]
+        sets = [(severity == level) & (core | (level == 0)) for level in levels]
+        mean = lambda key, mask: 100 * accuracies(found, [key])[mask].mean()
         for name, key in compared(models).items():
-            where = f", {found[0][0].name.split('/')[0]}" if len(everything) > 1 else ""
-            axes[0].plot(levels, line(key), marker="o", label=name + where)
-            if key[1] == "selected" and (share := (key[0], "clean share")) in found[0][1]:
-                axes[1].plot(levels, line(share), marker="o", label=name + where)
+            share = key[0], "clean share"
+            axes[0].plot(levels, [mean(key, s) for s in sets], marker="o", label=name + where)
+            if key[1] == "selected" and share in found[0][1]:
+                axes[1].plot(levels, [mean(share, s) for s in sets], marker="o", label=name + where)
             if name in costs:
-                mean = 100 * accuracies(found, [key])[core].mean()
-                axes[2].plot(costs[name], mean, marker="o", linestyle="", label=name + where)
+                axes[2].plot(costs[name], mean(key, core), "o", label=name + where)
     for axis, (x, y) in zip(axes, labels):
         axis.set(xlabel=x, ylabel=y)
         axis.legend()
@@ -657,127 +623,130 @@ def plot(file, models, everything, costs):
 
 # --- Transfer (Tables 1 and 3) --------------------------------------------------------------------
 
-def pooled(h):
-    """(B, D) of activations: the class token of (B, N, D), the mean of a map (B, D, H, W)."""
-    return h[:, 0] if h.ndim == 3 else h.flatten(2).mean(-1)
-
 @torch.no_grad()
-def features_of(models, shift, args):
-    """([{predictor: (n, D)} of each model], labels (n,)): pooled activations after M_s of a plug-in
-    before and after tuning; of a network what its classifier sees."""
-    found, labels = [{} for _ in models], []
-    for _, images, y, _ in images_of([shift], max(m.size for m in models), args):
-        labels.append(y)
-        for model, features in zip(models, found):
-            if model.heads:
-                z = model.backbone(images / 255)
-                new = {"original": pooled(model.original[0](z)), "tuned": pooled(model.shared(z))}
-            else:
-                new = {"model": model.features(images / 255)}
-            for key, value in new.items():
-                features.setdefault(key, []).append(value)
-    return [{key: torch.cat(f) for key, f in one.items()} for one in found], torch.cat(labels)
+def features_of(model, samples, args):
+    """({predictor: (n, D)}, labels (n,)): what a network's classifier sees; of a plug-in pooled
+    activations after M_s, before and after tuning. Under torchrun each process takes all images."""
+    pooled = lambda h: h[:, 0] if h.ndim == 3 else h.flatten(2).mean(-1)  # class token, or mean
+    batches, keys = [], ("labels", "original", "tuned") if model.heads else ("labels", "model")
+    views = Views(samples, model.size, "centre", args)
+    for pixels, labels in measured(views, args, None if RANK else f"features of {model.name}"):
+        if model.heads:
+            z = model.backbone(pixels)
+            batches.append((labels, pooled(model.original[0](z)), pooled(model.shared(z))))
+        else:
+            batches.append((labels, model.features(pixels)))
+    features = dict(zip(keys, map(torch.cat, zip(*batches))))
+    return features, features.pop("labels")
 
 def best_probe(features, labels, classes):
     """A linear probe on standardised features, its weight decay chosen on a held-out tenth."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    held, rest = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
+    held, rest = order.tensor_split([max(1, len(order) // 10)])
     mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
 
     def fitted(rows, decay):
         probe = nn.Linear(features.shape[1], classes, device=features.device)
-        nn.init.zeros_(probe.weight)
+        for p in probe.parameters():
+            nn.init.zeros_(p)  # a start that no random draw before it decides
         linear_probe((features[rows] - mean) / std, labels[rows], probe, decay)
         with torch.no_grad():  # so that it takes features as they are
             probe.weight /= std
             probe.bias -= probe.weight @ mean
         return probe
 
-    score = lambda decay: float((fitted(rest, decay)(features[held]).argmax(-1)
-                                 == labels[held]).float().mean())
+    score = lambda decay: right(fitted(rest, decay), features[held], labels[held]).mean()
     return fitted(order, max((1e-5, 1e-4, 1e-3, 1e-2, 0.1), key=score))
+
+def right(probe, features, labels):
+    """(n,) of 0 and 1: where the probe is right."""
+    return (probe(features).argmax(-1) == labels).float().cpu().numpy()
 
 def transfer(models, folder, args):
     """Linear probes fitted on folder/train and tested on val/ (or test/): prints accuracies, and of
     plug-ins the difference that tuning made; returns {model: {predictor: accuracy}}."""
-    parts = Path(folder, "train"), existing(folder, "val", "test")
-    train, test = (Shift(part.name, *image_folder(part)) for part in parts)
-    if train.classes != test.classes:
+    (train, classes), (test, others) = (
+        image_folder(part) for part in (Path(folder, "train"), existing(folder, "val", "test")))
+    if classes != others:
         raise Refusal(f"--transfer {folder}: needs train/ and val/ with the same classes")
-    (fitted, y), (unseen, labels) = (features_of(models, part, args) for part in (train, test))
     rows, written = [], {}
-    for model, known, new in zip(models, fitted, unseen):
-        right = {key: (best_probe(known[key], y, len(train.classes))(new[key]).argmax(-1) == labels)
-                 .float().cpu().numpy() for key in known}
-        written[model.name] = {key: float(r.mean()) for key, r in right.items()}
+    for model in models:
+        (known, y), (unseen, labels) = (features_of(model, part, args) for part in (train, test))
+        correct = {key: right(best_probe(known[key], y, len(classes)), unseen[key], labels)
+                   for key in known}
+        written[model.name] = {key: float(c.mean()) for key, c in correct.items()}
         rows += [[f"{model.name}, {key}", value] for key, value in written[model.name].items()]
-        if "tuned" in right:
-            print(f"{model.name}, tuned - original: {paired(right['tuned'] - right['original'])}")
+        if model.heads:
+            print(f"{model.name}, tuned - original: "
+                  + paired(correct["tuned"] - correct["original"]))
     print("\n" + table([f"linear probe, {Path(folder).name}", "accuracy"], rows))
     return written
 
 # --- Cost (latency columns) -----------------------------------------------------------------------
 
-def timed(tasks, images, device):
-    """Milliseconds an image of {name: function}: medians of five rounds in which all take turns, so
-    that a slow moment of the machine strikes all alike; a first round warms up."""
+def timed(tasks, images):
+    """{name: ms an image} of {name: function}: medians of five rounds in which all take turns, so
+    that a slow moment of the machine strikes all alike."""
     seconds = {name: [] for name in tasks}
-    for _ in range(6):
+    for _ in range(6):  # the first warms up
         for name, task in tasks.items():
             start = time.perf_counter()
             task()
-            if device == "cuda":
+            if images.is_cuda:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: 1000 * np.median(s[1:]) / images for name, s in seconds.items()}
+    return {name: 1000 * np.median(s[1:]) / len(images) for name, s in seconds.items()}
 
 def cost(model, args):
-    """Print GMACs, parameters and ms an image of a plug-in's original and of the student for K = 1,
-    5, 10, and of training under each recipe (forward and backward, half of the images clean);
-    returns {recipe: ms}."""
+    """Print the costs of a plug-in's inference and training; returns {recipe: ms of training}."""
     n = min(args.batch_size, 64 if args.device == "cuda" else 4)
     pixels = torch.rand(n, 3, model.size, model.size, device=args.device)
-    labels = torch.zeros(n, dtype=torch.long, device=args.device)
-    config, clean = model.config, torch.arange(n, device=args.device) % 2 == 0
-    own, kept = model.masks, count(model.backbone)
+    original = torch.no_grad()(lambda: model.original(model.backbone(pixels)))
+    cost_of_inference(model, pixels, original)
+    return cost_of_training(model, pixels, original)
 
-    def predict(passes):
-        model.masks = torch.ones(passes, own.shape[1], device=args.device)
+def cost_of_inference(model, pixels, original):
+    """Print GMACs, parameters and ms an image of the original and of the student for K passes."""
+    def predict(passes, own=model.masks):
+        model.masks = own.new_ones(passes, own.shape[1])
         model.predict(pixels)
         model.masks = own
 
-    @torch.no_grad()
-    def original():
-        model.original(model.backbone(pixels))
-
-    tasks = {"original": original, **{f"{model.name}, K = {k}": functools.partial(predict, k)
-                                      for k in (1, 5, 10)}}
-    ms, rows, macs = timed(tasks, n, args.device), [], {}
+    tasks = {"original": original} | {f"{model.name}, K = {k}": functools.partial(predict, k)
+                                      for k in (1, 5, 10)}
+    ms, rows, macs = timed(tasks, pixels), [], {}
     torch.backends.mha.set_fastpath_enabled(False)  # its operations are not counted
     for name, task in tasks.items():
         with FlopCounterMode(display=False) as counter:
             task()
-        macs[name] = counter.get_total_flops() / 2e9 / n
+        macs[name] = counter.get_total_flops() / 2e9 / len(pixels)
         tuned = 0 if name == "original" else count(model.shared, model.heads)
+        whole = count(model.backbone) + (tuned or count(model.original))
         rows.append([name, f"{macs[name]:.4g}", f"{macs[name] / macs['original']:.4f}",
-                     f"{(kept + (tuned or count(model.original))) / 1e6:.2f}",
-                     f"{tuned / 1e6:.2f}", f"{ms[name]:.2f}", f"{ms[name] / ms['original']:.3f}"])
+                     f"{whole / 1e6:.2f}", f"{tuned / 1e6:.2f}", f"{ms[name]:.2f}",
+                     f"{ms[name] / ms['original']:.3f}"])
     torch.backends.mha.set_fastpath_enabled(True)
     print("\n" + table(["inference, an image", "GMACs", "ratio", "M parameters", "tuned", "ms",
                         "ratio"], rows))
-    teacher = load_network(config.teacher).to(args.device).eval() if config.teacher else None
+
+def cost_of_training(model, pixels, original):
+    """Print ms an image of each recipe (forward and backward, half of the images clean)."""
+    config, device = model.config, pixels.device
+    labels = torch.zeros(len(pixels), dtype=torch.long, device=device)
+    is_clean = torch.arange(len(pixels), device=device) % 2 == 0
+    teacher = load_network(config.teacher).to(device).eval() if config.teacher else None
 
     def train(student):
         taught = teacher if len(student.heads) > 1 else None
-        with torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda"):
-            student_loss(student, taught, pixels, labels, clean).backward()
+        with torch.autocast("cuda", torch.bfloat16, enabled=pixels.is_cuda):
+            student_loss(student, taught, pixels, labels, is_clean).backward()
         student.zero_grad()
 
     tasks = {"frozen forward pass": original}
     for recipe in RECIPES if teacher else [config.recipe]:
         student = RobustStudent(model.backbone, *model.original, replace(config, recipe=recipe))
-        tasks[recipe] = functools.partial(train, student.to(args.device).train())
-    ms = timed(tasks, n, args.device)
+        tasks[recipe] = functools.partial(train, student.to(device).train())
+    ms = timed(tasks, pixels)
     print("\n" + table([f"training {model.name}'s student, an image", "ms", "ratio"], [
         [name, f"{ms[name]:.2f}", f"{ms[name] / ms['frozen forward pass']:.2f}"] for name in ms]))
     return ms
@@ -788,7 +757,7 @@ def cost_of_corruptions(frost):
     torch.set_num_threads(1)
     images = (torch.rand(8, 3, 28, 28).repeat_interleave(8, 2).repeat_interleave(8, 3) * 255).byte()
     ms = timed({name: functools.partial(corrupt, images, name, 3, range(8), 0, frost)
-                for name in ALEXNET if frost or name != "frost"}, 8, "cpu")
+                for name in ALEXNET if frost or name != "frost"}, images)
     torch.set_num_threads(threads)
     print("\n" + table(["corruption, 224 px, severity 3", "ms an image"], [
         [name, f"{value:.2f}"] for name, value in (ms | {"all": sum(ms.values())}).items()]))
@@ -804,17 +773,17 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
+    parser.set_defaults(**asdict(Config()))
     add = parser.add_argument
     add("--data", nargs="+", default=[], help="folders of test images")
-    add("--model", nargs="+", default=["robust.pt"], help="plug-ins, networks of --make-teacher, "
-        "or names that robustify.py knows")
-    add("--pretrained", default="", help="for names, as in robustify.py")
+    add("--model", nargs="+", default=["robust.pt"], help="plug-ins, networks, or names of these")
+    add("--pretrained", help="for names, as in robustify.py")
     add("--probe", help="DIR: classifier of names by a linear probe, fitted on DIR/train")
-    add("--templates", default="openai", help="prompts for new class names: openai, simple, or a "
-        "string with {} in it")
-    add("--corrupt", nargs="*", metavar="NAME", help="also corrupt the images: the fifteen of "
-        "ImageNet-C, or those named; for tuning there are speckle_noise gaussian_blur saturate")
-    add("--severity", nargs="+", type=int, default=[1, 2, 3, 4, 5], dest="severities")
+    add("--templates", default="openai", help="of new class names: openai, simple, or text with {}")
+    add("--corrupt", nargs="*", metavar="NAME", choices=CORRUPTIONS, help="corrupt the images too: "
+        "the fifteen, or those named; for tuning speckle_noise gaussian_blur saturate")
+    add("--severity", nargs="+", type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5],
+        dest="severities", metavar="1..5")
     add("--frost", help="folder of ImageNet-C's frost photos; without it fourteen corruptions")
     add("--jpeg", action="store_true", help="after corrupting, JPEG of quality 85 as published")
     add("--corrupt-to", help="write the corrupted images into this folder, and measure nothing")
@@ -822,101 +791,118 @@ def parse(arguments):
     add("--cost", action="store_true", help="GMACs, parameters, milliseconds")
     add("--plot", help="picture of accuracy against severity (needs matplotlib)")
     add("--json", help="write everything that was measured to this file")
-    defaults = Config()
-    for name in ("batch_size", "workers", "seed", "device"):
-        value = getattr(defaults, name)
-        add(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    args = argparse.Namespace(**asdict(defaults) | vars(parser.parse_args(arguments)))
+    add("--batch-size", type=int)
+    add("--workers", type=int)
+    add("--seed", type=int)
+    add("--device", choices=("cuda", "cpu"))
+    args = parser.parse_args(arguments)
     if not arguments:
         args.data, args.model = ["demo/val"], [f"demo/{n}.pt" for n in ("teacher", "apt", "ours")]
         args.corrupt, args.severities = DEMO, [3, 5]
         if not Path("demo/ours.pt").is_file():
             raise Refusal("demo/ours.pt: no such file; make it with: python robustify.py")
     if args.corrupt == [] or args.corrupt_to and not args.corrupt:
-        args.corrupt = [name for name in ALEXNET if args.frost or name != "frost"]
-    for name in args.corrupt or []:
-        if name not in CORRUPTIONS or name == "frost" and not args.frost:
-            raise Refusal(f"--corrupt {name}: choose from {', '.join(CORRUPTIONS)}; frost needs "
-                          "--frost DIR")
-    if not set(args.severities) <= {1, 2, 3, 4, 5}:
-        raise Refusal("--severity: from 1 to 5")
-    if args.templates not in ("openai", "simple") and "{}" not in args.templates:
-        raise Refusal("--templates: openai, simple, or a string with {} for the class name")
-    if len({Path(name).name for name in args.model}) < len(args.model):
-        raise Refusal("--model: two files have the same name; the tables could not tell them apart")
-    if not (args.data or args.transfer or args.cost):
-        raise Refusal("give --data, --transfer or --cost, or no argument for the demo's results")
+        args.corrupt = [c for c in ALEXNET if args.frost or c != "frost"]
     return args
+
+def check(args):
+    """Raises Refusal where the settings cannot be."""
+    for wrong, message in (
+            (args.batch_size < 1 or min(args.workers, args.seed) < 0,
+             "--batch-size: from 1; --workers and --seed: from 0"),
+            (not args.frost and "frost" in (args.corrupt or []), "--corrupt frost: needs --frost"),
+            (not all(Path(file).parent.is_dir() for file in (args.json, args.plot) if file),
+             "--json and --plot: make the folder of the file first"),
+            (not re.fullmatch(r"openai|simple|[^{}]*{}[^{}]*", args.templates),
+             "--templates: openai, simple, or a string with {} for the class name"),
+            (len({Path(name).name for name in args.model}) < len(args.model),
+             "--model: two files have the same name; the tables could not tell them apart"),
+            (args.plot and not importlib.util.find_spec("matplotlib"),
+             "--plot: needs matplotlib; pip install matplotlib"),
+            (not (args.data or args.transfer or args.cost),
+             "give --data, --transfer or --cost, or no argument for the demo's results")):
+        if wrong:
+            raise Refusal(message)
 
 def run(arguments):
     """Parse, measure, print; raises Refusal."""
     args = parse(arguments)
-    if args.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as error:
-            raise Refusal("--plot: needs matplotlib; pip install matplotlib") from error
-    groups = [shifts(folder, args.corrupt or [], args.severities) for folder in args.data]
+    check(args)
+    folders = [shifts(folder, args.corrupt or [], args.severities) for folder in args.data]
     if args.frost:
-        frost_photos(args.frost, 1)
+        frost_photos(args.frost, 1)  # refuses here rather than in the middle
     if args.corrupt_to:
-        for group in groups:
-            write_corrupted(group, args)
+        for sets in sum(folders, []):
+            write_corrupted(sets, args)
         return
     join_processes(args.device)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if RANK else sys.stdout):
-        evaluate(groups, args)
+    with redirect_stdout(None if RANK else sys.stdout):  # one process prints
+        evaluate(folders, args)
 
-def evaluate(groups, args):
+def describe(folder, args):
+    """Print what is to be measured: the counts of a folder, and where its corruptions come from."""
+    first, made = folder[0][0], folder[0][-1].made
+    how = ", corrupted here in memory" + ", JPEG 85" * args.jpeg if made else ""
+    print(f"{first.name}: {len(first.samples)} images, {len(first.classes)} classes, "
+          f"{sum(map(len, folder))} sets{how}")
+    if made and set(args.corrupt) == set(ALEXNET) - {"frost"}:
+        print("no frost photos (see --frost): fourteen corruptions, no mCE")
+
+def evaluate(folders, args):
     """Measure and print what the command line asks for."""
     models = [load_model(name, args) for name in args.model]
-    clean, everything, cut, sets = {}, [], False, []
-    for group in groups:
-        for model in models:
-            meet(model, group[0], args)
-        how = ", corrupted here in memory" + ", JPEG 85" * args.jpeg if group[-1].made else ""
-        print(f"{group[0].name}: {len(group[0].samples)} images, {len(group[0].classes)} classes, "
-              f"{len(group)} sets{how}")
-        if group[-1].made and set(args.corrupt) == set(ALEXNET) - {"frost"}:
-            print("no frost photos (see --frost): fourteen corruptions, no mCE")
-        found, cut = measure(models, group, args)
+    clean, everything, cut = {}, [], False
+    for folder in folders:
+        describe(folder, args)
+        found, cut = measure(models, folder, args)
         if found:
             everything.append(found)
-            classes, own = tuple(group[0].classes), None if found[0][0].corruption else found[0][1]
-            if found[0][0].clean:
-                clean[classes] = own
-            report(models, found, own or clean.get(classes), cut)
-        sets += [{"name": s.name, "n": len(next(iter(row.values()))), "of": len(s.samples),
-                  "classes": len(s.classes), "corrupted_here": s.made, "accuracy": {
-                      m.name: {k: float(right.mean()) for (name, k), right in row.items()
-                               if name == m.name} for m in models}} for s, row in found]
+            (first, row), classes = found[0], tuple(found[0][0].classes)
+            if first.clean:
+                clean[classes] = row
+            report(models, found, clean.get(classes) if first.corruption else row, cut)
         if cut:
-            print("stopped by Ctrl-C: partial, the tables hold what was finished")
+            print(STOPPED)
             break
     average_of_shifts(models, everything)
-    transfers = {folder: transfer(models, folder, args) for folder in args.transfer if not cut}
-    costs = {m.name: cost(m, args) for m in models if args.cost and m.heads and not cut}
-    if args.cost and not cut:
-        cost_of_corruptions(args.frost)
+    transfers, costs = {}, {}
+    try:
+        for folder in [] if cut else args.transfer:
+            transfers[folder] = transfer(models, folder, args)
+        if args.cost and not cut:
+            for model in (m for m in models if m.heads):
+                costs[model.name] = cost(model, args)
+            cost_of_corruptions(args.frost)
+    except KeyboardInterrupt:
+        cut = True
+        print(STOPPED)
     if args.plot and any(averaged(found).any() for found in everything):
         plot(args.plot, models, everything, {m.name: costs[m.name][m.config.recipe]
                                              for m in models if m.name in costs})
     if args.json and not RANK:
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision":
-                    torchvision.__version__, "open_clip": open_clip.__version__,
-                    "timm": timm.__version__}
-        sizes = {m.name: m.size for m in models}
-        transform = "corrupted here: Resize 256, CenterCrop 224, or own size below 224 px; " \
-            "published corruptions: as they are; else: Resize 256/224 of model size, CenterCrop"
-        Path(args.json).write_text(json.dumps(
-            {"sets": sets, "partial": cut, "transfer": transfers, "cost": costs, "seed": args.seed,
-             "arguments": vars(args), "model_sizes": sizes, "transform": transform,
-             "versions": versions}, indent=1))
+        write_json(models, everything, args, partial=cut, transfer=transfers, cost=costs)
     if args.data == ["demo/val"]:
         print("\nWhat to see: the teacher breaks least under corruption; ours carries some of that "
               "into the student,\nand chooses the clean head more often where images are clean.")
     if cut:
         sys.exit(130)
+
+def write_json(models, everything, args, **results):
+    """Write everything that was measured to --json, with what is needed to repeat it."""
+    sets = []
+    for shift, row in sum(everything, []):
+        accuracy = {m.name: {} for m in models}
+        for (model, predictor), right in row.items():
+            accuracy[model][predictor] = float(right.mean())
+        sets.append({"name": shift.name, "n": len(right), "of": len(shift.samples), "classes":
+                     len(shift.classes), "corrupted_here": shift.made, "accuracy": accuracy})
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision, open_clip, timm)}
+    transform = "corrupted here: Resize 256, CenterCrop 224, or own size below 224 px; " \
+        "published corruptions: as they are; else: Resize 256/224 of model size, CenterCrop"
+    Path(args.json).write_text(json.dumps(
+        {"sets": sets, **results, "seed": args.seed, "arguments": vars(args), "model_sizes":
+         {m.name: m.size for m in models}, "transform": transform, "versions":
+         {"python": sys.version.split()[0], **versions}}, indent=1))
 
 if __name__ == "__main__":
     sys.exit(main())
