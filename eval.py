@@ -42,9 +42,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import robustify
 from robustify import (HEADS, PROCESSES, RANK, RECIPES, Config, Refusal, RobustStudent, Views,
-                       command, count, image_folder, join_processes, linear_probe, load,
-                       load_network, measured, name_classes, read_tensors, refuse, student_loss)
+                       count, image_folder, join_processes, linear_probe, load, load_network,
+                       measured, name_classes, read_tensors, refuse, student_loss)
 
 ALEXNET = dict(  # top-1 error of AlexNet [11], for mCE
     gaussian_noise=.886428, shot_noise=.894468, impulse_noise=.922640, defocus_blur=.819880,
@@ -766,7 +767,7 @@ def cost_of_corruptions(frost):
 
 def main(arguments=None):
     """The command line; returns the exit code."""
-    return command(run, arguments)
+    return robustify.main(arguments, run)
 
 def parse(arguments):
     """The settings: those of Config, and these. Raises Refusal."""

@@ -20,6 +20,7 @@ distribution, and uncertainty times KL divergence to the combined head chooses c
     L_c, L_d          cross_entropy, distillation              Eqs. 3-5: generalized_distillation
     phi, U_mc         phi, uncertainty                         (B, C), (B,); mc_dropout, K passes
     h_f               select_head                              Eq. 6, (B,) index into HEADS
+    P(theta | ...)    fit                                      Eq. 2: the training loop
 """
 
 import argparse
@@ -28,12 +29,12 @@ import hashlib
 import inspect
 import io
 import json
-import logging
 import os
 import re
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -58,7 +59,8 @@ class Refusal(Exception):
 
 @dataclass
 class Config:
-    """Every setting, one flag each. The defaults are the recipe; "ours": the paper is silent."""
+    """Every setting, one flag each. The defaults are the recipe; "ours": our own choice, where the
+    paper is silent."""
     student: str = ""  # network to robustify: open_clip, timm, torchvision NAME, NAME:FILE, or .pt
     teacher: str = ""  # Sec. 4.2: small robust network, named likewise
     make_teacher: str = ""  # Sec. 4.2: train this network whole on D^a instead, and save it
@@ -117,7 +119,9 @@ class CosineClassifier(nn.Module):
         self.scale = nn.Buffer(torch.as_tensor(scale))
 
     def forward(self, features):
-        return self.scale * F.normalize(features, dim=-1) @ F.normalize(self.weight, dim=-1).T
+        with torch.autocast(features.device.type, enabled=False):  # bf16 logits of 30 err by 0.1
+            features = F.normalize(features.float(), dim=-1)
+            return self.scale * features @ F.normalize(self.weight, dim=-1).T
 
 def layers(module):
     """The children of an nn.Sequential, or the module itself, as a list."""
@@ -144,27 +148,25 @@ class Prediction(NamedTuple):
 
 class RobustStudent(nn.Module):
     """The student of Fig. 4: backbone frozen in place, shared section and heads tuned copies.
-
     backbone: pixels -> activations z. shared: z -> h, a Sequential of blocks. head: h -> logits
-    (B, C), a Sequential that ends in one vector (B, D) and then the classifier, with `.weight`
+    (B, C), a Sequential of blocks, pooling to one vector (B, D) and the classifier, with `.weight`
     (C, D); a bare classifier makes linear heads. `original` keeps M, the teacher of clean examples.
+    Each child of shared and head counts as a block: BranchDropout acts on what it adds.
     """
 
     def __init__(self, backbone, shared, head, config=None):
         super().__init__()
-        self.config, self.origin = config or Config(), {}
-        self.backbone = backbone.requires_grad_(False)
+        self.config = config = config or Config()
+        self.backbone, self.origin = backbone.requires_grad_(False), {}
         self.original = copy.deepcopy(nn.Sequential(shared, head)).requires_grad_(False)
-        self.shared = nn.Sequential(*(BranchDropout(block, self.config.block_dropout)
-                                      for block in layers(copy.deepcopy(shared))))
-        self.heads = nn.ModuleDict({name: Head(head, self.config)
-                                    for name in RECIPES[self.config.recipe]})
-        self.shared.requires_grad_(True)
-        self.heads.requires_grad_(True)
+        blocks = (BranchDropout(b, config.block_dropout) for b in layers(copy.deepcopy(shared)))
+        heads = {name: Head(head, config) for name in RECIPES[config.recipe]}
+        self.shared = nn.Sequential(*blocks).requires_grad_(True)
+        self.heads = nn.ModuleDict(heads).requires_grad_(True)
         # Drawn once and shared by all images, so that a prediction depends on its image alone.
-        generator = torch.Generator().manual_seed(self.config.seed)
-        (self.classes, features), keep = layers(head)[-1].weight.shape, 1 - self.config.dropout
-        draws = torch.rand(self.config.passes, features, generator=generator)
+        generator = torch.Generator().manual_seed(config.seed)
+        (self.classes, features), keep = layers(head)[-1].weight.shape, 1 - config.dropout
+        draws = torch.rand(config.passes, features, generator=generator)
         self.masks = nn.Buffer((draws < keep) / keep)                       # (K, D)
         self.eval()
 
@@ -229,7 +231,6 @@ def distillation(logits, teacher_logits, temperature):
 
 def generalized_distillation(logits, teacher_logits, labels, is_clean, temperature, weight):
     """Eqs. 3-5: the mean over the batch of beta * L_clean + (1 - beta) * L_aug.
-
     logits: {head: (n, C)} for the n rows that `examples_of` gives that head. teacher_logits (B, C):
     the original's where is_clean, the robust teacher's elsewhere; None without distillation.
     """
@@ -260,7 +261,6 @@ def kl_divergence(p, q):
 
 def select_head(phi, uncertainty, rule="kl-u"):
     """Eq. 6: argmin over k in {c, u} of U_k * KL(phi_m || phi_k); a tie goes to the clean head.
-
     phi {head: (B, C)}, uncertainty {head: (B,)} -> (B,) index into HEADS. The other rules are the
     ablation of Sec. 5.3: either factor alone, or the largest probability.
     """
@@ -326,12 +326,11 @@ def noise2net(image):
 
 class Views(Dataset):
     """Views of images, each a function of (seed, epoch, index) alone, whatever workers and ranks.
-
     An item is (pixels uint8, label, is_clean, unreadable). `kind` tells the pixels: "coin", D^a as
     the student sees it, (3, H, W) clean or augmented by a fair coin; "triple", (3, 3, H, W), one
     clean view and two augmented; "centre", (3, H, W), nothing random, for measuring. Samples from
-    `own` on are augmented already (--extra-data), never clean. The next readable image replaces an
-    unreadable one, whose index is `unreadable`, else -1.
+    `own` on are augmented already (--extra-data): no coin makes them clean. The next readable image
+    replaces an unreadable one, whose index is `unreadable`, else -1.
     """
 
     def __init__(self, samples, size, kind, config, own=None):
@@ -387,7 +386,6 @@ def loader(views, config, epoch=None):
 
 def measured(views, config, title=None):
     """(pixels in [0, 1], labels) of every image in order, on the device; a `title` shows progress.
-
     Raises Refusal at an unreadable image, since skipping it in silence would change the score.
     """
     batches = loader(views, config)
@@ -462,7 +460,6 @@ def sections(net):
 
 class Network(nn.Module):
     """A whole network M as stem, blocks, pool, classifier: pixels (B, 3, H, W) -> logits (B, C).
-
     size: input size in pixels; source: arguments that rebuild its architecture; text_embeddings:
     class names -> ((C, D), scale) for CLIP, else None; class_names: None where unknown.
     """
@@ -496,7 +493,6 @@ def count(*modules):
 
 def split(network, fraction, head_blocks):
     """(K, N): M_b = blocks[:K], M_s = blocks[K:N], M_h = blocks[N:], pool, classifier (Sec. 4.1).
-
     K brings the parameters of M_s and one M_h as close to `fraction` of all as blocks allow.
     """
     n = max(0, len(network.blocks) - head_blocks)
@@ -516,7 +512,6 @@ def assemble(network, at, config):
 
 def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
     """A Network by open_clip, timm or torchvision name, NAME:FILE, or a .pt of --make-teacher.
-
     Random weights (`none`) come from `seed`. Raises Refusal.
     """
     if name.endswith(".pt") and ":" not in name:
@@ -537,7 +532,10 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
     try:
         whole, net, *others = (build_unimodal if unimodal else build_clip)(
             name, tag, image_size, model_args or {})
-        if 0 < image_size <= 64 and tag is None and hasattr(net, "maxpool"):
+        if 0 < image_size <= 64 and hasattr(net, "maxpool"):
+            if tag is not None:
+                raise Refusal(f"--image-size {image_size}: {name} gets a 3x3 stem, for which there "
+                              "are no weights; give --pretrained none or NAME:FILE")
             first, *rest = layers(net.conv1)  # a strided 7x7 stem is wrong here: 3x3, no pooling
             small = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=False)
             net.conv1, net.maxpool = nn.Sequential(small, *rest) if rest else small, nn.Identity()
@@ -545,11 +543,11 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
             state = read_tensors(file)
             state = state.get("state_dict", state.get("model", state))
             whole.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-    except (RuntimeError, TypeError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, OSError) as error:
         # an unknown tag or argument, weights that do not fit or cannot be had
         raise Refusal(f"{name}: {str(error)[:300]} (--pretrained takes TAG, FILE, none)") from error
-    # What rebuilds the architecture; CLIP's tag also tells the activation.
-    source = dict(name=name, pretrained="none" if unimodal else pretrained,
+    # What rebuilds the architecture; of CLIP also the activation and the text encoder.
+    source = dict(name=name, pretrained="none" if unimodal else file or pretrained,
                   image_size=image_size or others[0], model_args=model_args, seed=seed)
     return Network(net, *others, source)
 
@@ -557,16 +555,14 @@ def build_clip(name, tag, image_size, args):
     """(whole, image tower, size, mean, std, text_embeddings). OpenAI's weights need QuickGELU."""
     tag = "openai" if tag == "" else tag
     known = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    logging.getLogger().setLevel(logging.ERROR)  # it warns of what force_quick_gelu mends
     clip = open_clip.create_model(name, pretrained=tag, force_image_size=image_size or None,
                                   force_quick_gelu=known.get("quick_gelu", False), **args).eval()
     tokenizer, prepare = open_clip.get_tokenizer(name), clip.visual.preprocess_cfg
 
     def text_embeddings(names, templates=open_clip.OPENAI_IMAGENET_TEMPLATES):
         """phi_text(Y) (C, D), the mean over templates, and exp(logit_scale) (Sec. 4.4)."""
-        wnids = timm.data.ImageNetInfo("imagenet-1k").label_names()
-        names = [open_clip.IMAGENET_CLASSNAMES[wnids.index(n)] if n in wnids  # by index: only 998
-                 else n.replace("_", " ") for n in names]                     # names differ
+        known = dict(zip(timm.data.ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES))
+        names = [known.get(name, name.replace("_", " ")) for name in names]
         weight = open_clip.build_zero_shot_classifier(clip, tokenizer, names, templates).T
         return weight.contiguous(), clip.logit_scale.exp().item()
 
@@ -579,7 +575,8 @@ def build_unimodal(name, tag, image_size, args):
         args = {"img_size" if timm.is_model(name) else "image_size": image_size, **args}
     if not timm.is_model(name):
         net = torchvision.models.get_model(name, weights="DEFAULT" if tag == "" else tag, **args)
-        return net, net, image_size or 224, IMAGENET_MEAN, IMAGENET_STD, None
+        size = image_size or getattr(net, "image_size", 224)
+        return net, net, size, IMAGENET_MEAN, IMAGENET_STD, None
     net = timm.create_model(f"{name}.{tag}" if tag else name, pretrained=tag is not None, **args)
     known = net.pretrained_cfg
     return net, net, image_size or known["input_size"][-1], known["mean"], known["std"], None
@@ -588,7 +585,7 @@ def name_classes(model, names, templates=open_clip.OPENAI_IMAGENET_TEMPLATES):
     """Give a CLIP Network, or a student of --zero-shot, new classes (Sec. 4.4)."""
     weight, scale = model.text_embeddings(names, templates)
     model.class_names, model.classes = names, len(names)
-    if getattr(model, "classifier", model) is None:
+    if isinstance(model, Network):
         model.classifier = CosineClassifier(weight, scale, trained=False)
     for module in model.modules():
         if isinstance(module, CosineClassifier):
@@ -607,9 +604,10 @@ def read_tensors(path, kind=None):
     """Tensors and plain data of a file, by weights_only=True; `kind` is "network" or "plug-in".
     Raises Refusal; no code in the file ever runs."""
     if not Path(path).is_file():
-        how = "--student ViT-L-14 --teacher vit_b16.pt" if kind == "plug-in" else \
-            "--make-teacher vit_b_16 --data imagenet/"
-        raise Refusal(f"{path}: no such file; make it with: python robustify.py {how} --out {path}")
+        make = {"plug-in": "--student ViT-L-14 --teacher vit_b16.pt",
+                "network": "--make-teacher vit_b_16 --data imagenet/"}.get(kind)
+        raise Refusal(f"{path}: no such file" + (
+            f"; make it with: python robustify.py {make} --out {path}" if make else ""))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file may raise anything
@@ -631,12 +629,13 @@ def write_tensors(content, path):
     finally:
         temporary.unlink(missing_ok=True)
 
-def fingerprint(module):
-    """sha256 over names, shapes and bytes of a module's state."""
+def fingerprint(student):
+    """sha256 over names, shapes and bytes of the frozen network M: backbone and original."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for name, tensor in student.state_dict().items():
+        if name.startswith(("backbone.", "original.")):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 def save(student, path):
@@ -644,11 +643,10 @@ def save(student, path):
     tuned = {k: v for k, v in student.state_dict().items()
              if not k.startswith(("backbone.", "original."))}
     write_tensors({"format": "robustify plug-in", "tuned": tuned, "config": asdict(student.config),
-                   "fingerprint": fingerprint(student.backbone), **student.origin}, path)
+                   "fingerprint": fingerprint(student), **student.origin}, path)
 
 def load(path, backbone=None, shared=None, head=None, class_names=None):
     """robust.pt -> RobustStudent; with backbone, shared and head where they were your own modules.
-
     `class_names` gives a zero-shot student new classes. Raises Refusal where the file is no plug-in
     or was tuned on another backbone.
     """
@@ -659,14 +657,12 @@ def load(path, backbone=None, shared=None, head=None, class_names=None):
     elif "split" not in saved:
         raise Refusal(f"{path}: tuned on modules of your own; give backbone, shared and head")
     else:
-        beside = Path(path).with_name(Path(config.student).name)  # where both files were moved
-        moved = config.student.endswith(".pt") and not Path(config.student).is_file()
-        network = load_network(str(beside) if moved else config.student, config.pretrained,
-                               config.image_size, config.model_args, config.seed)
+        network = load_network(config.student, config.pretrained, config.image_size,
+                               config.model_args, config.seed)
         network.classifier = classifier_from(saved["classifier"], trained=not config.zero_shot)
         network.class_names = saved["class_names"]
         student = assemble(network, saved["split"], config)
-    if (found := fingerprint(student.backbone)) != saved["fingerprint"]:
+    if (found := fingerprint(student)) != saved["fingerprint"]:
         raise Refusal(f"{path}: tuned on a backbone with fingerprint {saved['fingerprint'][:16]}, "
                       f"this one has {found[:16]}; load the weights that it was tuned on")
     student.load_state_dict(saved["tuned"], strict=False)  # all but backbone and original
@@ -718,8 +714,8 @@ def fit(loss_of, model, views, validation, config, write):
             pixels, labels, is_clean = (t.to(config.device) for t in (pixels, labels, is_clean))
             with torch.autocast("cuda", torch.bfloat16, enabled=config.device == "cuda"):
                 loss = loss_of(pixels / 255, labels, is_clean)
-            if not torch.isfinite(loss):
-                raise Refusal(f"the loss became {loss} in epoch {epoch + 1}, step {step + 1}; the "
+            if not np.isfinite(value := loss.item()):
+                raise Refusal(f"the loss became {value} in epoch {epoch + 1}, step {step + 1}; the "
                               "last checkpoint stays; try a lower --lr or --temperature")
             optimizer.zero_grad()
             loss.backward()
@@ -730,8 +726,8 @@ def fit(loss_of, model, views, validation, config, write):
             optimizer.step()
             schedule.step()
             ready = time.perf_counter()
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {waited / (ready - start):.0%} waiting "
-                                "for data", refresh=False)
+            bar.set_postfix_str(f"loss {value:.3f}, {waited / (ready - start):.0%} waiting for "
+                                "data", refresh=False)
         if RANK == 0:
             scores = accuracy(model, validation, config) if validation else {}
             print(f"epoch {epoch + 1}:", *(f"{k} {100 * v:.1f}" for k, v in scores.items()))
@@ -902,10 +898,10 @@ def parse(arguments):
     config.out = config.out or ("teacher.pt" if config.make_teacher else "robust.pt")
     if not Path(config.out).parent.is_dir():
         raise Refusal(f"--out {config.out}: make its folder first")
-    if config.out in (config.student, config.teacher, config.make_teacher):
+    if Path(config.out) in map(Path, (config.student, config.teacher, config.pretrained)):
         raise Refusal(f"--out {config.out}: would overwrite what it is made from")
-    limits = dict.fromkeys(("epochs", "passes", "batch_size"), (1, np.inf)) | dict.fromkeys(
-        ("dropout", "block_dropout"), (0, 0.99)) | {"severity": (1, 10)}
+    limits = {"epochs": (1, np.inf), "batch_size": (1, np.inf), "passes": (2, np.inf),
+              "severity": (1, 10), "dropout": (0.01, 0.99), "block_dropout": (0, 0.99)}
     for name, value in vars(config).items():
         low, high = limits.get(name, (0, np.inf))
         if isinstance(value, (int, float)) and not low <= value <= high:
@@ -915,7 +911,8 @@ def parse(arguments):
 def join_processes(device):
     """Under torchrun: let this process speak with the others, on its own GPU."""
     if PROCESSES > 1:
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo",
+                                             timeout=timedelta(hours=2))  # they wait for rank 0
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
@@ -930,19 +927,15 @@ def run(arguments):
     else:
         raise Refusal("give --student or --make-teacher, or no argument at all for the demo")
 
-def command(run, arguments=None):
-    """run(arguments) -> exit code: 2, after one line on stderr, for a Refusal or OSError."""
+def main(arguments=None, run=run):
+    """run(command line) -> exit code: 2, after one line on stderr, for a Refusal or OSError."""
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except (Refusal, OSError) as error:
-        program = Path(run.__code__.co_filename).name
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        program, text = Path(run.__code__.co_filename).name, " ".join(str(error).split())
+        print(f"{program}: {text.rpartition('Refusal: ')[2]}", file=sys.stderr)  # from a worker
         return 2
     return 0
-
-def main(arguments=None):
-    """The command line; returns the exit code."""
-    return command(run, arguments)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -497,15 +497,19 @@ def test_checkpoint_round_trip(own, tmp_path):
     assert not torch.equal(expected.everyone["clean"], expected.everyone["original"])
     assert loaded.config == config and (own or list(loaded.class_names) == list("abcd"))
 
-def test_another_backbone_is_refused(tmp_path):
-    parts = own_modules()
-    rb.save(rb.RobustStudent(**parts), tmp_path / "robust.pt")
-    before = rb.fingerprint(parts["backbone"])
-    parts["backbone"][1].running_mean[0] += 1e-3  # a buffer counts too
-    with pytest.raises(rb.Refusal) as refused:
-        rb.load(tmp_path / "robust.pt", **parts)
-    after = rb.fingerprint(parts["backbone"])
-    assert before != after and all(found[:12] in str(refused.value) for found in (before, after))
+def test_another_network_is_refused(tmp_path):
+    """A buffer of the backbone counts, and a weight of the original's tail."""
+    for part, change in (("backbone", lambda p: p["backbone"][1].running_mean),
+                         ("head", lambda p: p["head"][3].weight[0])):
+        parts, path = own_modules(), tmp_path / f"{part}.pt"
+        student = rb.RobustStudent(**parts)
+        rb.save(student, path)
+        change(parts).data[0] += 1e-3
+        with pytest.raises(rb.Refusal) as refused:
+            rb.load(path, **parts)
+        before, after = (rb.fingerprint(s) for s in (rb.load(path, **own_modules()),
+                                                     rb.RobustStudent(**parts)))
+        assert before != after and all(f[:12] in str(refused.value) for f in (before, after))
 
 class Evil(str):
     """Unpickling it makes the folder of this name."""
