@@ -21,6 +21,7 @@ the oracle, which is right where the clean or the unclean head is.
 import argparse
 import functools
 import importlib.util
+import io
 import json
 import math
 import re
@@ -242,16 +243,23 @@ def elastic_transform(x, draw, alpha, sigma, affine):
     at = grid + alpha * moves.permute(0, 2, 3, 1)
     return F.grid_sample(x, (2 * at + 1) / n - 1, padding_mode="reflection", align_corners=False)
 
+def through_pillow(x, change):
+    """x (B, 3, n, n) with each image changed by change(Pillow image), through 8 bits."""
+    images = [change(v2.functional.to_pil_image(i)) for i in (x * 255).round().byte().cpu()]
+    return torch.stack([v2.functional.pil_to_tensor(i) for i in images]).to(x.device) / 255
+
 @corruption((.6, .5, .4, .3, .25), (.9, .8, .7, .6, .5), (.95, .9, .85, .75, .65))
 def pixelate(x, draw, scale):
     n, few = x.shape[-1], int(x.shape[-1] * scale)
-    images = [v2.functional.to_pil_image(i).resize((few, few), Image.BOX).resize((n, n), Image.BOX)
-              for i in (x * 255).round().byte().cpu()]
-    return torch.stack([v2.functional.pil_to_tensor(i) for i in images]).to(x.device) / 255
+    return through_pillow(x, lambda i: i.resize((few, few), Image.BOX).resize((n, n), Image.BOX))
 
 @corruption((25, 18, 15, 10, 7), (65, 58, 50, 40, 25), (80, 65, 58, 50, 40))
-def jpeg_compression(x, draw, quality):  # a GPU's codec would give other bytes
-    return v2.functional.jpeg((x * 255).round().byte().cpu(), quality).to(x.device) / 255
+def jpeg_compression(x, draw, quality):
+    def encoded(image):
+        image.save(file := io.BytesIO(), "JPEG", quality=quality)
+        return Image.open(file)
+
+    return through_pillow(x, encoded)
 
 # The validation corruptions, for tuning: never in a mean over the fifteen above.
 
@@ -454,7 +462,7 @@ def images_of(sets, size, args):
                 images = clean if not shift.made else corrupt(
                     clean, shift.corruption, shift.severity, indices, args.seed, args.frost)
                 if shift.made and args.jpeg and not args.corrupt_to:
-                    images = v2.functional.jpeg(images.cpu(), 85).to(images.device)
+                    images = (jpeg_compression(images / 255, None, 85) * 255).round().byte()
                 yield i, images, labels, indices
                 bar.update(len(labels) * PROCESSES)
 
