@@ -619,12 +619,13 @@ def plot(file, models, everything, costs):
         sets = [(severity == level) & (core | (level == 0)) for level in levels]
         mean = lambda key, mask: 100 * accuracies(found, [key])[mask].mean()
         for name, key in compared(models).items():
-            share = key[0], "clean share"
-            axes[0].plot(levels, [mean(key, s) for s in sets], marker="o", label=name + where)
+            style, share = {"marker": "o", "label": name + where}, (key[0], "clean share")
+            line, = axes[0].plot(levels, [mean(key, s) for s in sets], **style)
+            style["color"] = line.get_color()
             if key[1] == "selected" and share in found[0][1]:
-                axes[1].plot(levels, [mean(share, s) for s in sets], marker="o", label=name + where)
+                axes[1].plot(levels, [mean(share, s) for s in sets], **style)
             if name in costs:
-                axes[2].plot(costs[name], mean(key, core), "o", label=name + where)
+                axes[2].plot(costs[name], mean(key, core), linestyle="", **style)
     for axis, (x, y) in zip(axes, labels):
         axis.set(xlabel=x, ylabel=y)
         axis.legend()
