@@ -400,8 +400,8 @@ def columns(shift, names, outputs, model):
 def load_model(name, args):
     """A plug-in or network with .name, .heads and .zero_shot. A plain name's classifier is fitted
     (--probe), made from text, or comes with its weights. Raises Refusal."""
-    saved = read_tensors(name) if name.endswith(".pt") else {}
-    plug_in = isinstance(saved, dict) and saved.get("format") == "robustify plug-in"
+    saved = read_tensors(name, "network or plug-in") if name.endswith(".pt") else {}
+    plug_in = saved.get("format") == "robustify plug-in"
     model = load(name) if plug_in else load_network(name, args.pretrained)
     model.name = Path(name).name.removesuffix(".pt")
     model.to(args.device, memory_format=torch.channels_last).eval()

@@ -29,10 +29,12 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import os
 import re
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -601,19 +603,21 @@ def classifier_from(state, prefix="", trained=True):
     return classifier
 
 def read_tensors(path, kind=None):
-    """Tensors and plain data of a file, by weights_only=True; `kind` is "network" or "plug-in".
-    Raises Refusal; no code in the file ever runs."""
+    """Tensors and plain data of a file, by weights_only=True; `kind`: "network", "plug-in",
+    "network or plug-in". Raises Refusal; no code in the file ever runs."""
     if not Path(path).is_file():
-        make = {"plug-in": "--student ViT-L-14 --teacher vit_b16.pt",
-                "network": "--make-teacher vit_b_16 --data imagenet/"}.get(kind)
+        make = "--make-teacher vit_b_16 --data imagenet/" if kind == "network" else \
+            "--student ViT-L-14 --teacher vit_b16.pt"
         raise Refusal(f"{path}: no such file" + (
-            f"; make it with: python robustify.py {make} --out {path}" if make else ""))
+            f"; make it with: python robustify.py {make} --out {path}" if kind else ""))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old pickles, which are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file may raise anything
         raise Refusal(f"{path}: not a readable checkpoint (truncated, of another format, or with "
                       "code in it); make or download it again") from error
-    if kind and (not isinstance(content, dict) or content.get("format") != f"robustify {kind}"):
+    found = content.get("format") if isinstance(content, dict) else None
+    if kind and found not in [f"robustify {k}" for k in kind.split(" or ")]:
         raise Refusal(f"{path}: not a {kind} that robustify.py wrote")
     return content
 
@@ -929,6 +933,7 @@ def run(arguments):
 
 def main(arguments=None, run=run):
     """run(command line) -> exit code: 2, after one line on stderr, for a Refusal or OSError."""
+    logging.disable(logging.ERROR)  # open_clip logs what a Refusal says
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except (Refusal, OSError) as error:
