@@ -386,6 +386,20 @@ def test_clip_takes_new_classes(clips, tmp_path):
     assert torch.allclose(loaded(x), student(x), atol=1e-5) and loaded(x).shape == (4, 5)
     assert list(loaded.class_names) == names
 
+def test_clip_from_a_file_stays_that_clip(clips, trained, tmp_path):
+    """Trained whole and read back: its text encoder is the file's, and it takes new classes."""
+    torch.manual_seed(7)
+    clip, weights, out = open_clip.create_model("test-vit").eval(), tmp_path / "a.bin", "net.pt"
+    torch.save(clip.state_dict(), weights)
+    flags = ["--data", str(trained / "data"), "--augment", "none", "--out", str(tmp_path / out)]
+    assert rb.main(["--make-teacher", f"test-vit:{weights}", *FLAGS[:2], *FLAGS[4:], *flags]) == 0
+    network, names = rb.load_network(str(tmp_path / out)), ["dog", "elk", "fox"]
+    expected = open_clip.build_zero_shot_classifier(
+        clip, open_clip.get_tokenizer("test-vit"), names, open_clip.OPENAI_IMAGENET_TEMPLATES).T
+    assert torch.allclose(network.text_embeddings(names)[0], expected, atol=1e-6)
+    rb.name_classes(network, names)
+    assert network.eval()(images_of(2)).shape == (2, 3)
+
 @torch.no_grad()
 def test_quick_gelu_follows_the_tag(clips, monkeypatch):
     """OpenAI's weights need QuickGELU, though the plain name of the architecture says GELU."""
@@ -464,6 +478,15 @@ def test_unreadable_test_image_is_named(trained, tmp_path, capsys):
                         (rb.main, ["--make-teacher", *NAMED, *FLAGS, "--out", str(out)])):
         assert main(["--data", str(root), *flags]) == 2  # to skip it would change the score
         assert "bee/3.png" in capsys.readouterr().err.splitlines()[-1] and not out.exists()
+
+def test_no_readable_image_at_all(tmp_path, capsys):
+    root = make_folder(tmp_path / "data", parts=["train"])
+    for path in root.glob("train/*/*.png"):
+        path.write_bytes(b"")
+    assert rb.main(["--make-teacher", *NAMED, *FLAGS, "--data", str(root), "--workers=1", "--out",
+                    str(tmp_path / "out.pt")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]  # found by a worker, told as anywhere else
+    assert line.startswith(f"robustify.py: {root}") and "none of the images" in line
 
 def test_noise2net():
     image = images_of(1)[0]
