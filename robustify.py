@@ -733,8 +733,9 @@ def fit(loss_of, model, views, validation, config, write):
             bar.set_postfix_str(f"loss {value:.3f}, {waited / (ready - start):.0%} waiting for "
                                 "data", refresh=False)
         if RANK == 0:
-            scores = accuracy(model, validation, config) if validation else {}
-            print(f"epoch {epoch + 1}:", *(f"{k} {100 * v:.1f}" for k, v in scores.items()))
+            if validation:
+                scores = accuracy(model, validation, config).items()
+                print(f"epoch {epoch + 1}:", *(f"{k} {100 * v:.1f}" for k, v in scores), flush=True)
             write()
     if replaced and RANK == 0:
         print(f"{len(replaced)} unreadable images were replaced by the next readable one: "
