@@ -39,6 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -54,8 +55,8 @@ ALEXNET = dict(  # top-1 error of AlexNet [11], for mCE
     fog=.819324, brightness=.564592, contrast=.853204, elastic_transform=.646056, pixelate=.717840,
     jpeg_compression=.606500)
 ALEXNET_CLEAN = 0.43478
+IMAGENET = timm.data.ImageNetInfo().label_names()  # class folders, in the order of the outputs
 DEMO = "speckle_noise gaussian_blur saturate impulse_noise defocus_blur jpeg_compression".split()
-STOPPED = "stopped by Ctrl-C: partial, the tables hold what was finished"
 
 # --- Corruptions [11], batched; parameters for severity 1-5 at 224, 64 and 32 px ------------------
 
@@ -313,17 +314,19 @@ class Shift:
     objectnet: dict = None  # ObjectNet: class folder -> outputs of an ImageNet model
 
 class Pictures(Views):
-    """Centre views at `size`; published corruptions as they are; what is to be corrupted here at
-    224 px, or its own size where that is smaller."""
+    """Centre views at `size`, or at 224 px where they are to be corrupted here; small square images
+    whole, at their own size; published corruptions as they are."""
 
     def __init__(self, sets, size, args):
         super().__init__(sets[0].samples, size, "centre", args)
         self.inside = slice(2, -2) if sets[0].objectnet else slice(None)  # its border; JPEG smears
-        if sets[-1].made:
-            n = min(224, *self.read(0)[0].shape[1:])
-            self.centre = v2.Compose([v2.Resize(256 if n == 224 else n), v2.CenterCrop(n)])
-        elif sets[0].corruption:
+        height, width = self.read(0)[0].shape[1:]
+        if sets[0].corruption and not sets[0].made:
             self.centre = v2.Identity()
+        elif height == width < 224:
+            self.centre = v2.Compose([v2.Resize(width), v2.CenterCrop(width)])
+        elif sets[0].made:
+            self.centre = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
 
     def read(self, index):
         path, label = self.samples[index]
@@ -337,19 +340,20 @@ def shifts(folder, corruptions, severities):
     """[[Shift]] of a folder by its layout, those together that share images; raises Refusal."""
     folder, name = Path(folder), Path(folder).name
     if (folder / "labels.npy").is_file():
-        return arrays(folder)
+        return arrays(folder, severities)
     published = sorted(d for depth in ("*", "*/*") for d in folder.glob(f"{depth}/[1-5]")
-                       if any(d.glob("*/*")))
+                       if any(d.glob("*/*")) and int(d.name) in severities)
     if published:
         return [[Shift(f"{name}/{d.parent.name}/{d.name}", *image_folder(d), d.parent.name,
                        int(d.name))] for d in published]
     folder = existing(folder, "val", "test")
     plain = objectnet(folder) if (folder / "mappings").is_dir() else \
         Shift(name, *image_folder(folder), clean=folder.name in ("val", "test"))
-    return [[plain] + [replace(plain, name=f"{name}/{c}/{s}", corruption=c, severity=s, made=True,
-                               clean=False) for c in corruptions for s in severities]]
+    made = [replace(plain, name=f"{name}/{c}/{s}", corruption=c, severity=s, made=True, clean=False)
+            for c in corruptions for s in severities]
+    return [[plain], made] if made else [[plain]]
 
-def arrays(folder):
+def arrays(folder, severities):
     """As `shifts`, of a folder of .npy files in CIFAR-10-C's layout: five severities one after the
     other, the labels beside them. Raises Refusal."""
     files = sorted(file for file in folder.glob("*.npy") if file.stem != "labels")
@@ -363,21 +367,27 @@ def arrays(folder):
     n, classes = len(labels) // 5, [str(i) for i in range(max(labels) + 1)]
     samples = lambda file, s: [((str(file), i), labels[i]) for i in range(n * (s - 1), n * s)]
     return [[Shift(f"{folder.name}/{file.stem}/{s}", samples(file, s), classes, file.stem, s)]
-            for file in files for s in range(1, 6)]
+            for file in files for s in severities]
 
 def existing(folder, *names):
     """The first of folder/NAME that is a folder, else the folder itself."""
     return next((Path(folder, n) for n in names if Path(folder, n).is_dir()), Path(folder))
 
 def objectnet(folder):
-    """ObjectNet's images of the 113 classes that its own mappings share with ImageNet [2]."""
+    """ObjectNet's images of the 113 classes that its own mappings share with ImageNet [2]; raises
+    Refusal."""
     read = lambda name: json.loads((folder / "mappings" / f"{name}.json").read_text())
-    labels, outputs = read("folder_to_objectnet_label"), {}
-    order = sorted(labels.values())
-    for output, index in read("imagenet_pytorch_id_to_objectnet_id").items():
-        outputs.setdefault(order[index], []).append(int(output))
+    try:
+        labels, outputs = read("folder_to_objectnet_label"), {}
+        order = sorted(labels.values())
+        for output, index in read("imagenet_pytorch_id_to_objectnet_id").items():
+            outputs.setdefault(order[index], []).append(int(output))
+    except (ValueError, IndexError, AttributeError) as error:
+        raise Refusal(f"{folder}/mappings: not ObjectNet's files; {error}") from error
     samples, classes = image_folder(existing(folder, "images"))
     shared = [c for c in classes if labels.get(c) in outputs]
+    if not shared:
+        raise Refusal(f"{folder}: none of its folders is a class that ImageNet has too")
     samples = [(path, shared.index(classes[k])) for path, k in samples if classes[k] in shared]
     return Shift(folder.name, samples, shared, objectnet={c: outputs[labels[c]] for c in shared})
 
@@ -388,7 +398,9 @@ def columns(shift, names, outputs, model):
     if shift.objectnet and outputs == 1000:
         widest = max(map(len, shift.objectnet.values()))
         return [(shift.objectnet[c] * widest)[:widest] for c in classes]
-    if numeric(classes) and not (names and numeric(names)) and max(map(int, classes)) < outputs:
+    few = len(classes) < outputs and shift.corruption and not shift.made  # CIFAR-10-C, ImageNet's M
+    if numeric(classes) and not (names and numeric(names)) and max(map(int, classes)) < outputs \
+            and not few:
         return [[int(c)] for c in classes]
     if set(classes) <= set(names):
         return [[list(names).index(c)] for c in classes]
@@ -400,53 +412,60 @@ def columns(shift, names, outputs, model):
 def load_model(name, args):
     """A plug-in or network with .name, .heads and .zero_shot. A plain name's classifier is fitted
     (--probe), made from text, or comes with its weights. Raises Refusal."""
-    saved = read_tensors(name, "network or plug-in") if name.endswith(".pt") else {}
+    ours = name.endswith(".pt") and ":" not in name
+    saved = read_tensors(name, "network or plug-in") if ours else {}
     plug_in = saved.get("format") == "robustify plug-in"
     model = load(name) if plug_in else load_network(name, args.pretrained)
-    model.name = Path(name).name.removesuffix(".pt")
+    model.name = column(name)
     model.to(args.device, memory_format=torch.channels_last).eval()
     if plug_in:
         model.zero_shot = model.config.zero_shot
-        return model
-    model.heads = {}
-    if args.probe and not name.endswith(".pt"):
-        samples, model.class_names = image_folder(existing(args.probe, "train"))
-        features, labels = features_of(model, samples, args)
-        model.classifier = best_probe(features["model"], labels, len(model.class_names))
-    model.classes = 0 if model.classifier is None else len(model.classifier.weight)
-    model.zero_shot = not model.classes and model.text_embeddings is not None
-    if not (model.classes or model.zero_shot or args.transfer):
-        raise Refusal(f"--model {name}: has no classifier; --probe DIR fits one on DIR/train")
+    else:
+        model.heads = {}
+        if args.probe and not ours:
+            samples, model.class_names = image_folder(existing(args.probe, "train"))
+            features, labels = features_of(model, samples, args)
+            model.classifier = best_probe(features["model"], labels, len(model.class_names))
+        model.classes = 0 if model.classifier is None else len(model.classifier.weight)
+        model.zero_shot = not model.classes and model.text_embeddings is not None
+        if not (model.classes or model.zero_shot or args.transfer):
+            raise Refusal(f"--model {name}: has no classifier; --probe DIR fits one on DIR/train")
+    model.own = model.class_names or IMAGENET  # before it meets others
     return model
+
+def column(name):
+    """What a table calls the model of --model NAME."""
+    return Path(name).name.removesuffix(".pt")
 
 def meet(model, shift, args):
     """Set model.columns to the outputs of the shift's classes; a zero-shot model takes unknown ones
-    as new class names, ImageNet's 1000 where they are some of those (Table 2)."""
-    wnids, classes = timm.data.ImageNetInfo("imagenet-1k").label_names(), shift.classes
-    if model.zero_shot and not set(classes) <= set(model.class_names or []):
-        numbered = len(classes) == 1000 and all(map(str.isdigit, classes))
-        names = wnids if shift.objectnet or numbered or set(classes) <= set(wnids) else classes
+    as new class names, ImageNet's 1000 where they are some of those (Table 2). Raises Refusal."""
+    classes, numbered = shift.classes, all(map(str.isdigit, shift.classes))
+    if model.zero_shot and (numbered or not set(classes) <= set(model.class_names or [])):
+        names = model.own if numbered else IMAGENET if shift.objectnet or \
+            set(classes) <= set(IMAGENET) else classes
         templates = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
                      "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
         if names != model.class_names:
             name_classes(model, names, templates.get(args.templates, [args.templates]))
-    names = model.class_names or (wnids if model.classes == 1000 else [])
+            model.to(args.device)
+    names = model.class_names or (IMAGENET if model.classes == 1000 else [])
     model.columns = torch.tensor(columns(shift, names, model.classes, model.name),
                                  device=args.device)
 
 def judge(model, pixels, labels):
     """{predictor: (B,) bool} of one batch; labels index model.columns. "X of all" decides among
     all outputs; "clean share" is where the clean head was chosen."""
-    index, right = model.columns, {}
+    index, correct = model.columns, {}
     prediction = model.predict(pixels, with_original=True)
     for name, p in prediction.everyone.items():
-        right[name] = p[:, index].amax(-1).argmax(-1) == labels
+        correct[name] = p[:, index].amax(-1).argmax(-1) == labels
         if index.numel() < model.classes:
-            right[f"{name} of all"] = (p.argmax(-1, keepdim=True) == index[labels]).any(-1)
+            correct[f"{name} of all"] = (p.argmax(-1, keepdim=True) == index[labels]).any(-1)
     if len(model.heads) > 1:
-        right["oracle"] = right["clean"] | right["unclean"]
-        right["clean share"] = prediction.head == HEADS.index("clean")
-    return right
+        correct["oracle"] = correct["clean"] | correct["unclean"]
+        correct["clean share"] = prediction.head == HEADS.index("clean")
+    return correct
 
 def images_of(sets, size, args):
     """(place in `sets`, uint8 images, labels, indices) by batches, of test sets that share their
@@ -472,25 +491,25 @@ def measure(models, folder, args):
     found, cut, size = [], False, max(m.size for m in models)
     for sets in folder:
         rows = [{} for _ in sets]
-        for model in models:
-            meet(model, sets[0], args)
         try:
+            for model in models:
+                meet(model, sets[0], args)
             for i, images, labels, indices in images_of(sets, size, args):
                 for model in models:
-                    for key, right in judge(model, images / 255, labels).items():
+                    for key, correct in judge(model, images / 255, labels).items():
                         rows[i].setdefault((model.name, key), np.full(
-                            len(sets[i].samples), -1, np.int8))[indices] = right.cpu()
+                            len(sets[i].samples), -1, np.int8))[indices] = correct.cpu()
         except KeyboardInterrupt:
             cut = True
         if PROCESSES > 1:
             every = [None] * PROCESSES
             torch.distributed.all_gather_object(every, rows)
-            rows = [{key: np.max([row[key] for row in same if row], axis=0) for key in same[0]}
-                    for same in zip(*every)]
-        if all(rows):
-            done = np.min([right for row in rows for right in row.values()], axis=0) >= 0
+            rows = [{key: np.max([row[key] for row in same if key in row], axis=0)
+                     for key in same[0]} for same in zip(*every)]
+        if all(len({model for model, _ in row}) == len(models) for row in rows):
+            done = np.min([row[key] for row in rows for key in row], axis=0) >= 0
             if done.all() or len(sets) > 1 and done.any():
-                found += [(shift, {key: right[done] > 0 for key, right in row.items()})
+                found += [(shift, {key: correct[done] > 0 for key, correct in row.items()})
                           for shift, row in zip(sets, rows)]
         if cut:
             break
@@ -498,11 +517,9 @@ def measure(models, folder, args):
 
 def write_corrupted(sets, args):
     """Write what is corrupted here in ImageNet-C's layout: PNG, or (--jpeg) JPEG of quality 85."""
-    if not sets[-1].made:
-        raise Refusal(f"--corrupt-to: {sets[0].name} is corrupted already")
     for place, images, labels, indices in images_of(sets, 224, args):
         shift = sets[place]
-        for image, label, i in zip(images.cpu(), labels, indices) if shift.made else ():
+        for image, label, i in zip(images.cpu(), labels, indices):
             file = Path(shift.samples[i][0]).stem + (".JPEG" if args.jpeg else ".png")
             path = Path(args.corrupt_to, shift.corruption, str(shift.severity),
                         shift.classes[label], file)
@@ -547,7 +564,7 @@ def summary(found, keys, clean=None):
     lines = {label: accuracy[mask].mean(0) for label, mask in chosen.items()}
     if mean and "clean share" not in [key for _, key in keys]:
         lines["mean error"] = 1 - accuracy[core].mean(0)
-        if set(ALEXNET) <= set(names) and set(severities) >= {1, 2, 3, 4, 5}:
+        if set(ALEXNET) <= set(names) and core.sum() == 75:
             errors = np.array([1 - lines[name] for name in ALEXNET])
             alexnet = np.array([*ALEXNET.values()])[:, None]
             lines["mCE"] = (errors / alexnet).mean(0)
@@ -560,34 +577,42 @@ def summary(found, keys, clean=None):
         lines.insert(1, ["  of all", *accuracies(found[:1], of_all)[0]])
     return lines
 
+def show(args, header, rows):
+    """Print a table, and keep it for --json."""
+    args.tables.append([header, *rows])
+    print("\n" + table(header, rows))
+
 def paired(differences):
-    """Mean of differences (n,), one an image, from -1 to 1, with its standard error, as text."""
+    """Mean of differences (n,), one an image, from -1 to 1, with its standard error, in points."""
     error = differences.std(ddof=1) / math.sqrt(len(differences))
-    return f"{100 * differences.mean():+.1f} points, paired standard error {100 * error:.1f}"
+    return [f"{100 * differences.mean():+.1f}", f"{100 * error:.1f}"]
 
 def compared(models):
     """{column: (model, predictor)}: each student once before tuning, then all models."""
-    students = {(m.config.student, m.config.zero_shot): m for m in reversed(models) if m.heads}
+    students = {(c.student, c.pretrained, c.zero_shot, c.data, c.limit): m
+                for m in reversed(models) if m.heads for c in [m.config]}
     before = {"original" if len(students) == 1 else f"{m.name} original": (m.name, "original")
               for m in reversed(students.values())}
     return before | {m.name: (m.name, "selected" if m.heads else "model") for m in models}
 
-def report(models, found, clean, cut):
+def report(models, found, clean, cut, args):
     """Print the tables of one folder; `clean` is the row of its classes' clean set."""
-    keys, counts = compared(models), {len(next(iter(row.values()))) for _, row in found}
+    keys, core = compared(models), averaged(found)
+    corrupted = [row for (_, row), enters in zip(found, core) if enters]
+    counts = {len(correct) for row in corrupted or [found[0][1]] for correct in row.values()}
     title = f"accuracy, {max(counts)} images" + (" (partial)" if cut else "")
-    print("\n" + table([title, *keys], summary(found, keys.values(), clean)))
-    corrupted = [row for shift, row in found if shift.corruption]
+    show(args, [title, *keys], summary(found, keys.values(), clean))
     for m in (m for m in models if len(m.heads) > 1):
         every = ["original", *HEADS, "selected", "oracle", "clean share"]
-        print(f"\n{m.name}: its heads, rule {m.config.rule}, K = {m.config.passes}")
-        print(table(["accuracy", *every], summary(found, [(m.name, key) for key in every])))
-        for name, other in keys.items() if corrupted and len(counts) == 1 else ():
-            if name != m.name:
-                gains = [row[m.name, "selected"] - row[other].astype(float) for row in corrupted]
-                print(f"{m.name} - {name} on corruptions: {paired(np.mean(gains, axis=0))}")
+        print(f"\n{m.name}: its heads, rule {m.config.rule}, K = {m.config.passes}", end="")
+        show(args, ["accuracy", *every], summary(found, [(m.name, key) for key in every]))
+        gain = lambda other: np.mean([row[m.name, "selected"] - row[other].astype(float)
+                                      for row in corrupted], axis=0)
+        if corrupted and len(counts) == 1:
+            show(args, [f"on corruptions, {m.name} minus", "points", "paired standard error"],
+                 [[name, *paired(gain(keys[name]))] for name in keys if name != m.name])
 
-def average_of_shifts(models, everything):
+def average_of_shifts(models, everything, args):
     """Print Tables 1-3: each folder, a corrupted one by its mean, and the average over shifts."""
     keys, rows, counted = compared(models), [], []
     for found in everything:
@@ -602,7 +627,7 @@ def average_of_shifts(models, everything):
     if sum(counted) > 1:
         average = np.mean([row[1:] for row, c in zip(rows, counted) if c], axis=0)
         rows += [[f"average of {sum(counted)} shifts", *average], ["error", *(1 - average)]]
-        print("\n" + table(["accuracy", *keys], rows))
+        show(args, ["accuracy", *keys], rows)
 
 def plot(file, models, everything, costs):
     """Accuracy and the share of the clean head against severity (Fig. 3), a line a model; with
@@ -628,7 +653,8 @@ def plot(file, models, everything, costs):
                 axes[2].plot(costs[name], mean(key, core), linestyle="", **style)
     for axis, (x, y) in zip(axes, labels):
         axis.set(xlabel=x, ylabel=y)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(file)
 
 # --- Transfer (Tables 1 and 3) --------------------------------------------------------------------
@@ -666,31 +692,33 @@ def best_probe(features, labels, classes):
         return probe
 
     score = lambda decay: right(fitted(rest, decay), features[held], labels[held]).mean()
-    return fitted(order, max((1e-5, 1e-4, 1e-3, 1e-2, 0.1), key=score))
+    return fitted(order, max((0.1, 1e-2, 1e-3, 1e-4, 1e-5), key=score))
 
 def right(probe, features, labels):
     """(n,) of 0 and 1: where the probe is right."""
     return (probe(features).argmax(-1) == labels).float().cpu().numpy()
 
-def transfer(models, folder, args):
-    """Linear probes fitted on folder/train and tested on val/ (or test/): prints accuracies, and of
-    plug-ins the difference that tuning made; returns {model: {predictor: accuracy}}."""
+def transfer_sets(folder):
+    """(train samples, test samples, classes) of a --transfer folder; raises Refusal."""
     (train, classes), (test, others) = (
         image_folder(part) for part in (Path(folder, "train"), existing(folder, "val", "test")))
     if classes != others:
         raise Refusal(f"--transfer {folder}: needs train/ and val/ with the same classes")
-    rows, written = [], {}
+    return train, test, classes
+
+def transfer(models, folder, args):
+    """Linear probes fitted on folder/train and tested on val/ (or test/): prints accuracies, and of
+    plug-ins the difference that tuning made."""
+    (train, test, classes), rows = transfer_sets(folder), []
     for model in models:
         (known, y), (unseen, labels) = (features_of(model, part, args) for part in (train, test))
         correct = {key: right(best_probe(known[key], y, len(classes)), unseen[key], labels)
                    for key in known}
-        written[model.name] = {key: float(c.mean()) for key, c in correct.items()}
-        rows += [[f"{model.name}, {key}", value] for key, value in written[model.name].items()]
+        rows += [[f"{model.name}, {key}", c.mean(), "", ""] for key, c in correct.items()]
         if model.heads:
-            print(f"{model.name}, tuned - original: "
-                  + paired(correct["tuned"] - correct["original"]))
-    print("\n" + table([f"linear probe, {Path(folder).name}", "accuracy"], rows))
-    return written
+            rows[-1][2:] = paired(correct["tuned"] - correct["original"])
+    show(args, [f"linear probe, {Path(folder).name}", "accuracy", "tuned minus original",
+                "paired standard error"], rows)
 
 # --- Cost (latency columns) -----------------------------------------------------------------------
 
@@ -712,10 +740,10 @@ def cost(model, args):
     n = min(args.batch_size, 64 if args.device == "cuda" else 4)
     pixels = torch.rand(n, 3, model.size, model.size, device=args.device)
     original = torch.no_grad()(lambda: model.original(model.backbone(pixels)))
-    cost_of_inference(model, pixels, original)
-    return cost_of_training(model, pixels, original)
+    cost_of_inference(model, pixels, original, args)
+    return cost_of_training(model, pixels, original, args)
 
-def cost_of_inference(model, pixels, original):
+def cost_of_inference(model, pixels, original, args):
     """Print GMACs, parameters and ms an image of the original and of the student for K passes."""
     def predict(passes, own=model.masks):
         model.masks = own.new_ones(passes, own.shape[1])
@@ -725,9 +753,9 @@ def cost_of_inference(model, pixels, original):
     tasks = {"original": original} | {f"{model.name}, K = {k}": functools.partial(predict, k)
                                       for k in (1, 5, 10)}
     ms, rows, macs = timed(tasks, pixels), [], {}
-    torch.backends.mha.set_fastpath_enabled(False)  # its operations are not counted
+    torch.backends.mha.set_fastpath_enabled(False)  # nor fused attention: it would not be counted
     for name, task in tasks.items():
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             task()
         macs[name] = counter.get_total_flops() / 2e9 / len(pixels)
         tuned = 0 if name == "original" else count(model.shared, model.heads)
@@ -736,47 +764,53 @@ def cost_of_inference(model, pixels, original):
                      f"{whole / 1e6:.2f}", f"{tuned / 1e6:.2f}", f"{ms[name]:.2f}",
                      f"{ms[name] / ms['original']:.3f}"])
     torch.backends.mha.set_fastpath_enabled(True)
-    print("\n" + table(["inference, an image", "GMACs", "ratio", "M parameters", "tuned", "ms",
-                        "ratio"], rows))
+    show(args, ["inference, an image", "GMACs", "ratio", "M parameters", "tuned", "ms", "ratio"],
+         rows)
 
-def cost_of_training(model, pixels, original):
+def cost_of_training(model, pixels, original, args):
     """Print ms an image of each recipe (forward and backward, half of the images clean)."""
     config, device = model.config, pixels.device
     labels = torch.zeros(len(pixels), dtype=torch.long, device=device)
     is_clean = torch.arange(len(pixels), device=device) % 2 == 0
     teacher = load_network(config.teacher).to(device).eval() if config.teacher else None
+    half = torch.autocast("cuda", torch.bfloat16, enabled=pixels.is_cuda)
 
     def train(student):
         taught = teacher if len(student.heads) > 1 else None
-        with torch.autocast("cuda", torch.bfloat16, enabled=pixels.is_cuda):
-            student_loss(student, taught, pixels, labels, is_clean).backward()
+        with half:
+            loss = student_loss(student, taught, pixels, labels, is_clean)
+        loss.backward()
         student.zero_grad()
 
-    tasks = {"frozen forward pass": original}
+    tasks = {"frozen forward pass": half(original)}
     for recipe in RECIPES if teacher else [config.recipe]:
         student = RobustStudent(model.backbone, *model.original, replace(config, recipe=recipe))
         tasks[recipe] = functools.partial(train, student.to(device).train())
     ms = timed(tasks, pixels)
-    print("\n" + table([f"training {model.name}'s student, an image", "ms", "ratio"], [
-        [name, f"{ms[name]:.2f}", f"{ms[name] / ms['frozen forward pass']:.2f}"] for name in ms]))
+    show(args, [f"training {model.name}'s student, an image", "ms", "ratio"], [
+        [name, f"{ms[name]:.2f}", f"{ms[name] / ms['frozen forward pass']:.2f}"] for name in ms])
     return ms
 
-def cost_of_corruptions(frost):
-    """Print ms an image of each of the fifteen at severity 3 and 224 px on one core."""
+def cost_of_corruptions(args):
+    """Print ms an image of each of the fifteen (fourteen without frost) on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     images = (torch.rand(8, 3, 28, 28).repeat_interleave(8, 2).repeat_interleave(8, 3) * 255).byte()
-    ms = timed({name: functools.partial(corrupt, images, name, 3, range(8), 0, frost)
-                for name in ALEXNET if frost or name != "frost"}, images)
+    ms = timed({name: functools.partial(corrupt, images, name, 3, range(8), 0, args.frost)
+                for name in ALEXNET if args.frost or name != "frost"}, images)
     torch.set_num_threads(threads)
-    print("\n" + table(["corruption, 224 px, severity 3", "ms an image"], [
-        [name, f"{value:.2f}"] for name, value in (ms | {"all": sum(ms.values())}).items()]))
+    ms[f"all {len(ms)}"] = sum(ms.values())
+    show(args, ["corruption, 224 px, severity 3", "ms an image"], [
+        [name, f"{value:.2f}"] for name, value in ms.items()])
 
 # --- main -----------------------------------------------------------------------------------------
 
 def main(arguments=None):
     """The command line; returns the exit code."""
-    return robustify.main(arguments, run)
+    try:
+        return robustify.main(arguments, run)
+    except KeyboardInterrupt:  # while nothing was measured yet
+        return 130
 
 def parse(arguments):
     """The settings: those of Config, and these. Raises Refusal."""
@@ -825,8 +859,10 @@ def check(args):
              "--json and --plot: make the folder of the file first"),
             (not re.fullmatch(r"openai|simple|[^{}]*{}[^{}]*", args.templates),
              "--templates: openai, simple, or a string with {} for the class name"),
-            (len({Path(name).name for name in args.model}) < len(args.model),
+            (len(set(map(column, args.model))) < len(args.model),
              "--model: two files have the same name; the tables could not tell them apart"),
+            (args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"),
+             "--plot: a file that ends in .png, .pdf or .svg"),
             (args.plot and not importlib.util.find_spec("matplotlib"),
              "--plot: needs matplotlib; pip install matplotlib"),
             (not (args.data or args.transfer or args.cost),
@@ -835,34 +871,80 @@ def check(args):
             raise Refusal(message)
 
 def run(arguments):
-    """Parse, measure, print; raises Refusal."""
+    """Parse, measure, print; raises Refusal. What can be refused is, before anything is built."""
     args = parse(arguments)
     check(args)
+    args.tables = []
     folders = [shifts(folder, args.corrupt or [], args.severities) for folder in args.data]
+    for folder in args.transfer:
+        transfer_sets(folder)
+    if args.probe:
+        image_folder(existing(args.probe, "train"))
     if args.frost:
-        frost_photos(args.frost, 1)  # refuses here rather than in the middle
+        frost_photos(args.frost, 1)
     if args.corrupt_to:
-        for sets in sum(folders, []):
-            write_corrupted(sets, args)
+        write_folders(folders, args)
         return
     join_processes(args.device)
     with redirect_stdout(None if RANK else sys.stdout):  # one process prints
         evaluate(folders, args)
 
+def write_folders(folders, args):
+    """Do what --corrupt-to asks for."""
+    for folder in folders:
+        if not folder[-1][-1].made:
+            raise Refusal(f"--corrupt-to: {folder[0][0].name} is corrupted already")
+    for folder in folders:
+        describe(folder, args)
+        write_corrupted(folder[-1], args)
+
 def describe(folder, args):
     """Print what is to be measured: the counts of a folder, and where its corruptions come from."""
-    first, made = folder[0][0], folder[0][-1].made
-    how = ", corrupted here in memory" + ", JPEG 85" * args.jpeg if made else ""
+    first, made = folder[0][0], folder[-1][-1].made
+    how = ", corrupted here" + ", JPEG 85" * args.jpeg if made else ""
     print(f"{first.name}: {len(first.samples)} images, {len(first.classes)} classes, "
-          f"{sum(map(len, folder))} sets{how}")
+          f"{sum(map(len, folder))} sets{how}", flush=True)
     if made and set(args.corrupt) == set(ALEXNET) - {"frost"}:
         print("no frost photos (see --frost): fourteen corruptions, no mCE")
 
 def evaluate(folders, args):
     """Measure and print what the command line asks for."""
     models = [load_model(name, args) for name in args.model]
-    clean, everything, cut = {}, [], False
     for folder in folders:
+        first = folder[0][0]  # clean is what a model was made for: new classes are a shift, Table 2
+        first.clean &= any(set(first.classes) <= set(model.own) for model in models)
+        for model in (m for m in models if not m.zero_shot):
+            meet(model, first, args)
+    everything, cut, costs = [], False, {}
+    try:
+        for model in models if args.cost else []:
+            if model.heads:
+                costs[model.name] = cost(model, args)[model.config.recipe]
+        if args.cost:
+            cost_of_corruptions(args)
+        cut = measure_folders(models, folders, everything, args)
+        average_of_shifts(models, everything, args)
+        for folder in [] if cut else args.transfer:
+            transfer(models, folder, args)
+    except KeyboardInterrupt:
+        cut = True
+    if cut:
+        print("\nstopped by Ctrl-C: partial, the tables hold what was finished")
+    if args.json and not RANK:
+        write_json(models, everything, args, cut)
+    if args.plot and not RANK and any(averaged(found).any() for found in everything):
+        plot(args.plot, models, everything, costs)
+    if args.data == ["demo/val"]:
+        print("\nWhat to see: the teacher breaks least under corruption; ours carries some of that "
+              "into the student,\nand chooses the clean head more often where images are clean.")
+    if cut:
+        sys.exit(130)
+
+def measure_folders(models, folders, everything, args):
+    """Measure and report folder by folder, clean ones first; extends `everything` by what is found
+    and returns whether Ctrl-C cut it short."""
+    clean = {}
+    for folder in sorted(folders, key=lambda folder: not folder[0][0].clean):
         describe(folder, args)
         found, cut = measure(models, folder, args)
         if found:
@@ -870,49 +952,31 @@ def evaluate(folders, args):
             (first, row), classes = found[0], tuple(found[0][0].classes)
             if first.clean:
                 clean[classes] = row
-            report(models, found, clean.get(classes) if first.corruption else row, cut)
+            report(models, found, clean.get(classes) if first.corruption else row, cut, args)
         if cut:
-            print(STOPPED)
-            break
-    average_of_shifts(models, everything)
-    transfers, costs = {}, {}
-    try:
-        for folder in [] if cut else args.transfer:
-            transfers[folder] = transfer(models, folder, args)
-        if args.cost and not cut:
-            for model in (m for m in models if m.heads):
-                costs[model.name] = cost(model, args)
-            cost_of_corruptions(args.frost)
-    except KeyboardInterrupt:
-        cut = True
-        print(STOPPED)
-    if args.plot and any(averaged(found).any() for found in everything):
-        plot(args.plot, models, everything, {m.name: costs[m.name][m.config.recipe]
-                                             for m in models if m.name in costs})
-    if args.json and not RANK:
-        write_json(models, everything, args, partial=cut, transfer=transfers, cost=costs)
-    if args.data == ["demo/val"]:
-        print("\nWhat to see: the teacher breaks least under corruption; ours carries some of that "
-              "into the student,\nand chooses the clean head more often where images are clean.")
-    if cut:
-        sys.exit(130)
+            return True
+    return False
 
-def write_json(models, everything, args, **results):
+def write_json(models, everything, args, cut):
     """Write everything that was measured to --json, with what is needed to repeat it."""
     sets = []
     for shift, row in sum(everything, []):
         accuracy = {m.name: {} for m in models}
-        for (model, predictor), right in row.items():
-            accuracy[model][predictor] = float(right.mean())
-        sets.append({"name": shift.name, "n": len(right), "of": len(shift.samples), "classes":
+        for (model, predictor), correct in row.items():
+            accuracy[model][predictor] = float(correct.mean())
+        sets.append({"name": shift.name, "n": len(correct), "of": len(shift.samples), "classes":
                      len(shift.classes), "corrupted_here": shift.made, "accuracy": accuracy})
     versions = {m.__name__: m.__version__ for m in (torch, torchvision, open_clip, timm)}
-    transform = "corrupted here: Resize 256, CenterCrop 224, or own size below 224 px; " \
-        "published corruptions: as they are; else: Resize 256/224 of model size, CenterCrop"
+    transform = "published corruptions and square images below 224 px: as they are; corrupted " \
+        "here: Resize 256, CenterCrop 224; else for the largest model's size, Resize 256/224 of " \
+        "it (above 64 px), CenterCrop; then each model resizes to its own"
+    training = set(asdict(Config())) - {"data", "pretrained", "batch_size", "workers", "seed"}
+    own = {k: v for k, v in vars(args).items() if k not in training | {"tables"} or k == "device"}
     Path(args.json).write_text(json.dumps(
-        {"sets": sets, **results, "seed": args.seed, "arguments": vars(args), "model_sizes":
-         {m.name: m.size for m in models}, "transform": transform, "versions":
-         {"python": sys.version.split()[0], **versions}}, indent=1))
+        {"sets": sets, "tables": args.tables, "partial": cut, "seed": args.seed, "arguments": own,
+         "models": {m.name: {"size": m.size} | (asdict(m.config) if m.heads else {})
+                    for m in models}, "transform": transform,
+         "versions": {"python": sys.version.split()[0], **versions}}, indent=1, default=float))
 
 if __name__ == "__main__":
     sys.exit(main())

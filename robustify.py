@@ -778,7 +778,7 @@ def prepare(name, kind, config, teacher=""):
 def linear_probe(features, labels, classifier, weight_decay=1e-4):
     """Fits the module `classifier` in place to features (n, D) and labels (n,) by L-BFGS (Sec. 5):
     mean cross-entropy + weight_decay * squared norm."""
-    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=100,
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=1000,
                                   line_search_fn="strong_wolfe")
 
     def objective():

@@ -2,6 +2,7 @@
 
 import colorsys
 import copy
+import importlib.util
 import io
 import json
 import math
@@ -665,9 +666,10 @@ class Reader(nn.Module):
     def predict(self, pixels, with_original=False):
         digits = (pixels[:, :, 0, 0] * 255).round().long()
         best = (digits * torch.tensor([65536, 256, 1])).sum(1)
-        p = torch.zeros(len(best), len(self.classifier.weight))
+        p = torch.zeros(len(best), 1000)
         p[range(len(best)), best % 1000] = 0.3
         p[range(len(best)), best // 1000] = 0.7
+        p = p[:, :len(self.classifier.weight)]
         return rb.Prediction(p, None, None, {"model": p})
 
 def written(first, second=999):
@@ -732,10 +734,12 @@ def test_cifar_c_arrays(monkeypatch, tmp_path):
                            for n, i in enumerate(labels)])
         np.save(tmp_path / f"c10-c/{name}.npy", images)
     np.save(tmp_path / "c10-c/labels.npy", labels)
-    sets = measured_by_reader(monkeypatch, tmp_path, {"c10-c/unused.png": written(0)})
+    sets = measured_by_reader(monkeypatch, tmp_path, {"c10-c/unused.png": written(0)}, outputs=10)
     assert {name: (s["n"], s["accuracy"]["reader"]["model"]) for name, s in sets.items()} == {
         f"c10-c/{name}/{s}": (10, share if s == 2 else 1.0)
         for name, share in (("fog", 0.6), ("jpeg_compression", 0.3)) for s in (1, 2, 3, 4, 5)}
+    monkeypatch.setattr(ev, "load_network", lambda *args: Reader())
+    assert ev.main([*EVAL, "--data", str(tmp_path / "c10-c"), "--model", "imagenet"]) == 2
 
 def test_corrupted_folder_is_the_memory_written_down(trained, tmp_path):
     """--corrupt-to writes ImageNet-C's layout, which measures as --corrupt does in memory."""
@@ -750,6 +754,53 @@ def test_corrupted_folder_is_the_memory_written_down(trained, tmp_path):
                       json.loads(file.read_text())["sets"]}
     assert sets["memory"].pop("data")[0] == 16 and len(sets["files"]) == 4
     assert sets["files"] == sets["memory"]
+
+def test_cost_transfer_and_plot(trained, tmp_path):
+    """GMACs against layers counted by hand; probes of separable classes; a picture."""
+    (root, file), picture = (trained, tmp_path / "out.json"), tmp_path / "out.png"
+    plot = ["--plot", str(picture)] if importlib.util.find_spec("matplotlib") else []
+    assert ev.main([*EVAL, "--data", str(root / "data"), "--corrupt", "contrast", "--cost", *plot,
+                    "--model", str(root / "robust.pt"), "--transfer", str(root / "data"),
+                    "--json", str(file)]) == 0
+    tables = {t[0][0]: t[1:] for t in json.loads(file.read_text())["tables"]}
+    student, macs = rb.load(root / "robust.pt"), {}
+    for part in ("backbone", "original", "shared", "heads"):
+        macs[part] = 0
+        for module in getattr(student, part).modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.register_forward_hook(lambda m, _, y, part=part: macs.update({
+                    part: macs[part] + m.weight[0].numel() * y.numel()}))
+    student.predict(images_of(1), with_original=True)  # the classifiers alone take K passes
+    classifiers = 3 * student.heads["clean"].classifier.weight.numel()
+    assert macs["heads"] > 10 * classifiers  # those K = 10 passes
+    expected = [macs["backbone"] + macs["original"]] + [
+        macs["backbone"] + macs["shared"] + macs["heads"] + (k - 10) * classifiers
+        for k in (1, 5, 10)]
+    found = [float(row[1]) for row in tables["inference, an image"]]
+    assert found == pytest.approx([n / 1e9 for n in expected], rel=1e-3)
+    assert {row[0] for row in tables["training robust's student, an image"]} == {
+        "frozen forward pass", *rb.RECIPES}
+    assert [row[1] for row in tables["linear probe, data"]] == [1.0, 1.0]
+    assert not plot or min(Image.open(picture).size) > 300
+
+def test_ctrl_c_keeps_what_was_measured(trained, tmp_path, monkeypatch):
+    judge, calls = ev.judge, []
+
+    def interrupted(model, pixels, labels):
+        calls.append(len(labels))
+        if len(calls) == 6:  # three batches clean, one of each corruption, half of the next
+            raise KeyboardInterrupt
+        return judge(model, pixels, labels)
+
+    monkeypatch.setattr(ev, "judge", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        ev.main([*EVAL, "--data", str(trained / "data"), "--corrupt", "contrast", "pixelate",
+                 "--severity", "3", "--batch-size", "7", "--json", str(tmp_path / "out.json"),
+                 "--model", str(trained / "student.pt")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert calls[:6] == [7, 7, 2, 7, 7, 7] and found["partial"]
+    assert {s["name"]: (s["n"], s["of"]) for s in found["sets"]} == {
+        "data": (16, 16), "data/contrast/3": (7, 16), "data/pixelate/3": (7, 16)}
 
 def test_each_image_counts_once_under_torchrun(trained, tmp_path):
     """Three processes for 16 images; the shares differ in size."""
