@@ -12,7 +12,8 @@ A folder is recognised by its layout: ImageNet-C (CORRUPTION/SEVERITY/CLASS/), C
 CORRUPTION.npy beside labels.npy), ObjectNet (images/ and mappings/), numeric class folders
 (ImageNetV2: the folder is the label), a subset of the model's classes by folder name (ImageNet-R,
 -A: decided among the subset; the row "of all" among all classes), any class folders. One named val
-or test, or that holds one, is the clean set; the others are shifts, averaged at the end.
+or test, or that holds one, of classes that a model was made for, is a clean set; the others are
+shifts, averaged at the end. Small square images are measured whole, at their own size.
 
 Of a plug-in each predictor is measured in one pass: the original, each head, the selected one, and
 the oracle, which is right where the clean or the unclean head is.
@@ -698,6 +699,7 @@ def right(probe, features, labels):
     """(n,) of 0 and 1: where the probe is right."""
     return (probe(features).argmax(-1) == labels).float().cpu().numpy()
 
+@functools.cache
 def transfer_sets(folder):
     """(train samples, test samples, classes) of a --transfer folder; raises Refusal."""
     (train, classes), (test, others) = (

@@ -633,26 +633,27 @@ def write_tensors(content, path):
     finally:
         temporary.unlink(missing_ok=True)
 
+FROZEN = ("backbone.", "original.")  # what a plug-in does not hold
+
 def fingerprint(student):
     """sha256 over names, shapes and bytes of the frozen network M: backbone and original."""
     digest = hashlib.sha256()
     for name, tensor in student.state_dict().items():
-        if name.startswith(("backbone.", "original.")):
+        if name.startswith(FROZEN):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 def save(student, path):
-    """The plug-in: tuned part, config, class names, where M_b comes from and its fingerprint."""
-    tuned = {k: v for k, v in student.state_dict().items()
-             if not k.startswith(("backbone.", "original."))}
+    """The plug-in: tuned part, config, class names, where M comes from and its fingerprint."""
+    tuned = {k: v for k, v in student.state_dict().items() if not k.startswith(FROZEN)}
     write_tensors({"format": "robustify plug-in", "tuned": tuned, "config": asdict(student.config),
                    "fingerprint": fingerprint(student), **student.origin}, path)
 
 def load(path, backbone=None, shared=None, head=None, class_names=None):
     """robust.pt -> RobustStudent; with backbone, shared and head where they were your own modules.
     `class_names` gives a zero-shot student new classes. Raises Refusal where the file is no plug-in
-    or was tuned on another backbone.
+    or was tuned on other weights.
     """
     saved = read_tensors(path, "plug-in")
     config = Config(**saved["config"])
@@ -667,9 +668,9 @@ def load(path, backbone=None, shared=None, head=None, class_names=None):
         network.class_names = saved["class_names"]
         student = assemble(network, saved["split"], config)
     if (found := fingerprint(student)) != saved["fingerprint"]:
-        raise Refusal(f"{path}: tuned on a backbone with fingerprint {saved['fingerprint'][:16]}, "
+        raise Refusal(f"{path}: tuned on a network with fingerprint {saved['fingerprint'][:16]}, "
                       f"this one has {found[:16]}; load the weights that it was tuned on")
-    student.load_state_dict(saved["tuned"], strict=False)  # all but backbone and original
+    student.load_state_dict(saved["tuned"], strict=False)  # all that is not FROZEN
     if class_names:
         if backbone is not None or not config.zero_shot:
             raise Refusal(f"{path}: only a CLIP student of --zero-shot takes new class names")
