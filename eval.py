@@ -4,32 +4,56 @@
     python eval.py --data imagenet-c/                             # --model robust.pt
     python eval.py --data imagenet/ imagenetv2/ imagenet-r/ imagenet-c/ --model apt.pt robust.pt
     python eval.py --data objectnet/ --corrupt --frost frost/     # ObjectNet-C, made in memory
+    python eval.py --data imagenet-c/ --model ft.pt --alpha 0 .25 .5 .75 1             # WiSE-FT
     python eval.py --data imagenet-c/ --model resnet50 ViT-B-32 --plot severity.png    # Sec. 3
     python eval.py --transfer flowers/                            # linear probes, Tables 1 and 3
-    python eval.py --cost                                         # latency columns
+    python eval.py --cost                                         # GMACs and milliseconds
 
-A folder is recognised by its layout: ImageNet-C (CORRUPTION/SEVERITY/CLASS/), CIFAR-10-C (arrays
-CORRUPTION.npy beside labels.npy), ObjectNet (images/ and mappings/), numeric class folders
-(ImageNetV2: the folder is the label), a subset of the model's classes by folder name (ImageNet-R,
--A: decided among the subset; the row "of all" among all classes), any class folders. One named val
-or test, or that holds one, of classes that a model was made for, is a clean set; the others are
-shifts, averaged at the end. Small square images are measured whole, at their own size.
+What a model scores depends on the model, the folder and the flags, not on what else is in the run.
+A folder is recognised by its layout, and its classes are looked up among a model's:
 
-Of a plug-in each predictor is measured in one pass: the original, each head, the selected one, and
-the oracle, which is right where the clean or the unclean head is.
+    layout                      what it is
+    CORRUPTION/SEVERITY/CLASS/  published corruptions: all, in groups (blur/defocus_blur/), one
+                                corruption, or one severity; its images are used as they are
+    images/, mappings/          ObjectNet: classes that ImageNet has too, without the red border
+    CLASS/                      images, also in val/ or test/; --corrupt corrupts them here
+
+    the folder's classes    model of ImageNet (a)  model of other names   zero-shot model (b)
+    wnids (n01440764)       by wnid                by name, or refused    ImageNet's 1000 (c)
+    numbers (ImageNetV2)    number -> wnid         number -> wnid ->      ImageNet's 1000 (c)
+                                                   name, or refused (d)
+    ObjectNet's             mappings -> wnid       mappings -> wnid ->    ImageNet's 1000 (c)
+                                                   name, or refused
+    other names             refused                by name, or refused    they are its new classes
+
+(a) The library's weights with 1000 outputs. (b) CLIP without a classifier, or a plug-in of
+--zero-shot; (c) a plug-in its own classes where it has them. One class alone is refused, and so are
+wnids that are not ImageNet's. (d) As they are where its own names are numbers.
+
+Small squares (CIFAR) are seen whole, published corruptions as they are, other images after Resize
+256, CenterCrop 224, or likewise for the model's input size. Corruptions are made here at 224 px, or
+at the size of small squares. A folder with fewer classes than the model is decided among them; "of
+all" counts all outputs. Of a plug-in every predictor is measured in one pass: the original, each
+head, the one that Eq. 6 selects, and the oracle, which is right where the clean or the unclean head
+is.
+
+[2] Barbu et al.: ObjectNet. [11] Hendrycks, Dietterich: Benchmarking Neural Network Robustness to
+Common Corruptions and Perturbations (ImageNet-C, mCE).
 """
 
 import argparse
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import math
 import re
+import statistics
 import sys
 import time
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,944 +65,1417 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import robustify
-from robustify import (HEADS, PROCESSES, RANK, RECIPES, Config, Refusal, RobustStudent, Views,
-                       count, image_folder, join_processes, linear_probe, load, load_network,
-                       measured, name_classes, read_tensors, refuse, student_loss)
+from robustify import (HEADS, PROCESSES, RANK, RECIPES, ClassTokenBlock, Config, Refusal,
+                       assemble, autocast, batches, count_parameters, dropout_masks, fingerprint,
+                       image_folder, interpolated, join_processes, linear_probe, load,
+                       load_network, load_original, read_checkpoint, read_image, refuse,
+                       set_classes, student_loss)
 
-ALEXNET = dict(  # top-1 error of AlexNet [11], for mCE
-    gaussian_noise=.886428, shot_noise=.894468, impulse_noise=.922640, defocus_blur=.819880,
-    glass_blur=.826268, motion_blur=.785948, zoom_blur=.798360, snow=.866816, frost=.826572,
-    fog=.819324, brightness=.564592, contrast=.853204, elastic_transform=.646056, pixelate=.717840,
-    jpeg_compression=.606500)
-ALEXNET_CLEAN = 0.43478
-IMAGENET = timm.data.ImageNetInfo().label_names()  # class folders, in the order of the outputs
-DEMO = "speckle_noise gaussian_blur saturate impulse_noise defocus_blur jpeg_compression".split()
+IMAGENET = timm.data.ImageNetInfo().label_names()  # wnids, in the order of the outputs
+ALEXNET = {  # top-1 error of AlexNet on ImageNet-C [11], for mCE
+    "gaussian_noise": .886428, "shot_noise": .894468, "impulse_noise": .922640,
+    "defocus_blur": .819880, "glass_blur": .826268, "motion_blur": .785948, "zoom_blur": .798360,
+    "snow": .866816, "frost": .826572, "fog": .819324, "brightness": .564592, "contrast": .853204,
+    "elastic_transform": .646056, "pixelate": .717840, "jpeg_compression": .606500}
+ALEXNET_CLEAN = .43478
+TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
+             "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
 
-# --- Corruptions [11], batched; parameters for severity 1-5 at 224, 64 and 32 px ------------------
-
-CORRUPTIONS = {}  # name -> function of x (B, 3, n, n) in [0, 1], draw, parameters; {n: parameters}
-ROUNDING = 1e-4  # the original truncates to 8 bits: keeps what is exact there exact in float32
-
-def corruption(*parameters):
-    """Register a function under its name; the parameters of each size, for five severities."""
-    def register(function):
-        CORRUPTIONS[function.__name__] = function, dict(zip((224, 64, 32), parameters))
-        return function
-    return register
-
-@corruption((.08, .12, .18, .26, .38), (.04, .08, .12, .15, .18), (.04, .06, .08, .09, .1))
-def gaussian_noise(x, draw, sigma):
-    return x + sigma * draw(lambda g: torch.randn(x.shape[1:], generator=g))
-
-@corruption((60, 25, 12, 5, 3), (250, 100, 50, 30, 15), (500, 250, 100, 75, 50))
-def shot_noise(x, draw, rate):
-    return draw(lambda g, image: torch.poisson(image, g), (x * rate).cpu()) / rate
-
-@corruption((.03, .06, .09, .17, .27), (.01, .02, .05, .08, .14), (.01, .02, .03, .05, .07))
-def impulse_noise(x, draw, amount):
-    u = draw(lambda g: torch.rand(x.shape[1:], generator=g))
-    return torch.where(u < amount / 2, 0, torch.where(u < amount, 1, x))
-
-@corruption(((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)), ((.5, .6), (1, .1), (1.5, .1),
-            (2.5, .01), (3, .1)), ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)))
-def defocus_blur(x, draw, radius, alias):
-    """A disk, smoothed by a Gaussian of sigma `alias`."""
-    grid, reach = torch.arange(-max(8, radius), max(8, radius) + 1.0), 1 if radius <= 8 else 2
-    disk = (grid[:, None]**2 + grid**2 <= radius**2).float()
-    blur = (-torch.arange(-reach, reach + 1)**2 / (2 * alias**2)).softmax(0)
-    disk = F.pad((disk / disk.sum())[None, None], (reach,) * 4, mode="reflect")
-    kernel, edge = F.conv2d(disk, torch.outer(blur, blur)[None, None]).to(x), len(grid) // 2
-    return F.conv2d(F.pad(x, (edge,) * 4, mode="reflect"), kernel.expand(3, -1, -1, -1), groups=3)
-
-def gaussian(x, sigma, truncate=4, edge="edge"):
-    """Gaussian filter of (..., n, n), cut at truncate * sigma; `edge` is a mode of np.pad."""
-    n, radius = x.shape[-1], int(truncate * sigma + 0.5)
-    reads = torch.from_numpy(np.pad(np.arange(n), radius, edge)).unfold(0, 2 * radius + 1, 1)
-    kernel = (-torch.arange(-radius, radius + 1)**2 / (2 * sigma**2)).softmax(0)
-    matrix = torch.zeros(n, n).scatter_add_(1, reads, kernel.expand(n, -1)).to(x)
-    return matrix @ x @ matrix.T
-
-@corruption(((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
-            ((.1, 1, 1), (.5, 1, 1), (.6, 1, 2), (.7, 2, 1), (.9, 2, 2)),
-            ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)))
-def glass_blur(x, draw, sigma, shift, rounds):
-    """Blur, let pixels read others at random shifts, blur. A round goes from the bottom right to
-    the top left and reads what it wrote before: chains, followed twice as far at each step."""
-    n = x.shape[-1]
-    x = (gaussian(x, sigma) * 255 + ROUNDING).floor() / 255
-    moves = draw(lambda g: torch.randint(-shift, shift, (rounds, 2, n * n), generator=g))
-    reads = own = torch.arange(n * n, device=x.device).expand(len(x), -1)
-    low, high = torch.minimum(own // n, own % n), torch.maximum(own // n, own % n)
-    inner = (low > shift) & (high <= n - shift)
-    for down, right in (move.unbind(1) for move in moves.unbind(1)):
-        target = torch.where(inner, own + n * down + right, own)
-        written = inner.gather(1, target) & (target > own)
-        follow, further = own, torch.where(written, target, own)
-        while not torch.equal(follow, further):
-            follow, further = further, further.gather(1, further)
-        reads = reads.gather(1, target.gather(1, follow))
-    return gaussian(x.flatten(2).gather(2, reads[:, None].expand(-1, 3, -1)).view_as(x), sigma)
-
-@corruption(((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), ((10, 1), (10, 1.5), (10, 2),
-            (10, 2.5), (12, 3)), ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)))
-def motion_blur(x, draw, radius, sigma, low=-45, high=45):
-    """ImageMagick's: a one-sided Gaussian along a line at a random angle, in whole pixels."""
-    n, width = x.shape[-1], 2 * radius + 1
-    weights = (-torch.arange(width)**2 / (2 * sigma**2)).softmax(0).tolist()
-    blurred, padded = torch.zeros_like(x), F.pad(x, (width,) * 4, mode="replicate")
-    angles = draw(lambda g: torch.empty(()).uniform_(low, high, generator=g)).deg2rad().tolist()
-    for image, source, angle in zip(blurred, padded, angles):
-        for i, weight in enumerate(weights):
-            top, left = (width + math.ceil(i * f(angle) - 0.5) for f in (math.sin, math.cos))
-            image.add_(source[:, top:top + n, left:left + n], alpha=weight)
-    return blurred
-
-def zoomed(x, factor):
-    """The centre of x magnified by `factor`, as scipy's zoom of order 1 trimmed to the middle."""
-    n = x.shape[-1]
-    crop = math.ceil(n / factor)
-    size, top = round(crop * factor), (n - crop) // 2
-    x = F.interpolate(x[..., top:top + crop, top:top + crop], size=(size, size), mode="bilinear",
-                      align_corners=True)
-    trim = (size - n) // 2
-    return x[..., trim:trim + n, trim:trim + n]
-
-@corruption(((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
-            *[((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01))] * 2)
-def zoom_blur(x, draw, stop, step):
-    return torch.stack([x, *(zoomed(x, z) for z in np.arange(1, stop, step))]).mean(0)
-
-@corruption(((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
-             (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)),
-            *[((.1, .2, 1, .6, 8, 3, a), (.1, .2, 1, .5, 10, 4, b), (.15, .3, 1.75, .55, 10, 4, c),
-               (.25, .3, 2.25, .6, 12, 6, d), (.3, .3, 1.25, .65, 14, 12, e))
-              for a, b, c, d, e in ((.8, .8, .7, .65, .6), (.95, .9, .9, .85, .8))])
-def snow(x, draw, mean, std, zoom, threshold, radius, sigma, mix):
-    noise = draw(lambda g: torch.randn(x[0, :1].shape, generator=g))
-    flakes = zoomed(mean + std * noise, zoom)
-    flakes = (torch.where(flakes < threshold, 0, flakes).clamp(0, 1) * 255).floor() / 255
-    flakes = motion_blur(flakes, draw, radius, sigma, -135, -45)
-    x = mix * x + (1 - mix) * torch.maximum(x, 1.5 * v2.functional.rgb_to_grayscale(x) + 0.5)
-    return x + flakes + flakes.rot90(2, (2, 3))
-
-@functools.cache
-def frost_photos(folder, scale):
-    """The first five photos (the sixth was never drawn), (3, H, W) in [0, 1]; raises Refusal."""
-    files = sorted(Path(folder).glob("frost*.*"))[:5]
-    if len(files) < 5:
-        raise Refusal(f"--frost {folder}: needs ImageNet-C's photos, frost1 to frost5")
-    photos = [v2.functional.pil_to_tensor(Image.open(f).convert("RGB"))[None] / 255 for f in files]
-    return [F.interpolate(p, size=[round(n * scale) for n in p.shape[2:]], mode="bilinear")[0]
-            for p in photos]
-
-@corruption(((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)), ((1, .3), (.9, .4), (.8, .45),
-            (.75, .5), (.7, .55)), ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45)))
-def frost(x, draw, weight, amount, folder):
-    n = x.shape[-1]
-    photos = frost_photos(folder, float(np.interp(n, (32, 64, 224), (0.2, 0.3, 1))))
-
-    def crop(g):
-        photo = photos[torch.randint(5, (), generator=g)]
-        top, left = (torch.randint(side - n, (), generator=g) for side in photo.shape[1:])
-        return photo[:, top:top + n, left:left + n]
-
-    return weight * x + amount * draw(crop)
-
-def plasma(n, decay, generator):
-    """A diamond-square fractal (n, n) in [0, 1], cut from a map of the next power of two."""
-    step, amplitude = 1 << (n - 1).bit_length(), 100.0
-    cloud = torch.zeros(step, step)
-    jitter = lambda total: total / 4 + amplitude * torch.empty_like(total).uniform_(
-        -amplitude, amplitude, generator=generator)
-    while step >= 2:
-        half, corners = step // 2, cloud[::step, ::step]
-        pairs = corners + corners.roll(-1, 0)
-        cloud[half::step, half::step] = centres = jitter(pairs + pairs.roll(-1, 1))
-        cloud[::step, half::step] = jitter(
-            centres + centres.roll(1, 0) + corners + corners.roll(-1, 1))
-        cloud[half::step, ::step] = jitter(centres + centres.roll(1, 1) + pairs)
-        step, amplitude = half, amplitude / decay
-    cloud = cloud - cloud.min()
-    return (cloud / cloud.max())[:n, :n]
-
-@corruption(((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)), ((.4, 3), (.7, 3), (1, 2.5),
-            (1.5, 2), (2, 1.75)), ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)))
-def fog(x, draw, amount, decay):
-    peak = x.amax((1, 2, 3), keepdim=True)
-    cloud = draw(lambda g: plasma(x.shape[-1], decay, g))[:, None]
-    return (x + amount * cloud) * peak / (peak + amount)
-
-@corruption((.1, .2, .3, .4, .5), (.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3))
-def brightness(x, draw, amount):
-    value = x.amax(1, keepdim=True)
-    return torch.where(value > 0, x / value.clamp_min(1e-8), 1) * (value + amount).clamp_max(1)
-
-@corruption((.4, .3, .2, .1, .05), (.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15))
-def contrast(x, draw, factor):
-    mean = x.mean((2, 3), keepdim=True)
-    return (x - mean) * factor + mean
-
-@corruption(((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88),
-             (29.28, 2.44, 4.88)), ((0, 0, 5.12), (3.2, 19.2, 3.84), (6.4, 5.12, 3.84),
-             (6.4, 1.92, 1.92), (10.24, 1.92, 1.28)), ((0, 0, 2.56), (1.6, 6.4, 2.24),
-             (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, .96, .96)))
-def elastic_transform(x, draw, alpha, sigma, affine):
-    """An affine map that moves three points, then smooth displacements; all in pixels."""
-    n = x.shape[-1]
-    old = (torch.tensor([[1.0, 1], [1, -1], [-1, -1]]) * (n // 3) + n // 2).to(x)
-    uniform = lambda limit, *shape: draw(
-        lambda g: torch.empty(shape).uniform_(-limit, limit, generator=g))
-    new = old + uniform(affine, 3, 2)
-    back = torch.linalg.solve(F.pad(new, (0, 1), value=1), old.expand_as(new))
-    line = torch.arange(n, device=x.device)
-    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).to(x)
-    at = F.pad(grid, (0, 1), value=1) @ back[:, None]
-    x = F.grid_sample(x, 2 * at / (n - 1) - 1, padding_mode="reflection", align_corners=True)
-    if not alpha:
-        return x
-    moves = gaussian(uniform(1, 2, n, n), sigma, truncate=3, edge="symmetric")
-    at = grid + alpha * moves.permute(0, 2, 3, 1)
-    return F.grid_sample(x, (2 * at + 1) / n - 1, padding_mode="reflection", align_corners=False)
-
-def through_pillow(x, change):
-    """x (B, 3, n, n) with each image changed by change(Pillow image), through 8 bits."""
-    images = [change(v2.functional.to_pil_image(i)) for i in (x * 255).round().byte().cpu()]
-    return torch.stack([v2.functional.pil_to_tensor(i) for i in images]).to(x.device) / 255
-
-@corruption((.6, .5, .4, .3, .25), (.9, .8, .7, .6, .5), (.95, .9, .85, .75, .65))
-def pixelate(x, draw, scale):
-    n, few = x.shape[-1], int(x.shape[-1] * scale)
-    return through_pillow(x, lambda i: i.resize((few, few), Image.BOX).resize((n, n), Image.BOX))
-
-@corruption((25, 18, 15, 10, 7), (65, 58, 50, 40, 25), (80, 65, 58, 50, 40))
-def jpeg_compression(x, draw, quality):
-    def encoded(image):
-        image.save(file := io.BytesIO(), "JPEG", quality=quality)
-        return Image.open(file)
-
-    return through_pillow(x, encoded)
-
-# The validation corruptions, for tuning: never in a mean over the fifteen above.
-
-@corruption((.15, .2, .35, .45, .6), (.15, .2, .25, .3, .35), (.06, .1, .12, .16, .2))
-def speckle_noise(x, draw, sigma):
-    return x + x * sigma * draw(lambda g: torch.randn(x.shape[1:], generator=g))
-
-@corruption((1, 2, 3, 4, 6), (.5, .75, 1, 1.25, 1.5), (.4, .6, .7, .8, 1))
-def gaussian_blur(x, draw, sigma):
-    return gaussian(x, sigma)
-
-@corruption(((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)), ((.3, 0), (.1, 0), (2, 0), (5, .1),
-            (30, .2)), ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)))
-def saturate(x, draw, factor, shift):
-    """HSV saturation s -> clip(s * factor + shift, 0, 1): channels move away from the value."""
-    value = x.amax(1, keepdim=True)
-    s = (value - x.amin(1, keepdim=True)) / value.clamp_min(1e-8)
-    red = torch.tensor([0.0, 1, 1]).to(x)[:, None, None]  # grey has hue 0
-    away = torch.where(s < 1e-8, red * value, (value - x) / s.clamp_min(1e-8))
-    return value - away * (s * factor + shift).clamp(0, 1)
-
-def corrupt(images, name, severity, indices, seed=0, frost=None):
-    """images uint8 (B, 3, n, n) -> likewise, under CORRUPTIONS[name] at severity 1 to 5; `frost` is
-    the folder of its photos. `indices` number the images: each has its own random generator, of
-    (seed, index, name, severity), so that a result does not depend on its batch."""
-    (function, by_size), key = CORRUPTIONS[name], list(CORRUPTIONS).index(name)
-    values = by_size[min(by_size, key=lambda n: abs(n - images.shape[-1]))][severity - 1]
-    values = values if isinstance(values, tuple) else (values,)
-    seeds = [np.random.SeedSequence((seed, int(i), key, severity)) for i in indices]
-    generators = [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in seeds]
-
-    def draw(sample, *columns):
-        """(B, ...): sample(generator, row of each column), an image at a time."""
-        return torch.stack([sample(*row) for row in zip(generators, *columns)]).to(images.device)
-
-    x = function(images.float() / 255, draw, *values, *([frost] if name == "frost" else []))
-    return (x.clamp(0, 1) * 255 + ROUNDING).byte()
-
-# --- Data: folder kinds, and which outputs of a model their classes are ---------------------------
+# --- One batch is judged, one folder is measured --------------------------------------------------
 
 @dataclass
-class Shift:
-    """One test set: (path or (array file, row), label) of each image, and its class folders."""
+class Column:
+    """A column of the tables, and the model behind it."""
     name: str
-    samples: list
-    classes: list
-    corruption: str = ""    # "" where there is none
+    kind: str                  # "network", "plug-in", or "original": what plug-ins were tuned from
+    model: nn.Module
+    classes: list              # the names of its outputs, None where they are unknown
+    count: int = 0             # of outputs
+    zero_shot: bool = False    # takes other classes
+    embeddings: dict = field(default_factory=dict)  # class names -> (text embeddings, scale)
+    original: object = None    # of a plug-in: the column of what it was tuned from
+    path: str = ""             # of a plug-in: its file
+    probed: bool = False       # --probe makes its classifier
+    outputs: torch.Tensor = None  # (classes of the folder at hand, m), see class_outputs
+
+@dataclass
+class TestSet:
+    """Images under one corruption, or none."""
+    samples: list              # (path, label)
+    corruption: str = ""
     severity: int = 0
-    made: bool = False      # corrupted here, rather than published so
-    clean: bool = False     # the models' own test set, no shift
-    objectnet: dict = None  # ObjectNet: class folder -> outputs of an ImageNet model
+    made: bool = False         # corrupted here, not published so
 
-class Pictures(Views):
-    """Centre views at `size`, or at 224 px where they are to be corrupted here; small square images
-    whole, at their own size; published corruptions as they are."""
+@dataclass
+class Folder:
+    """What one --data names."""
+    name: str
+    kind: str                  # "classes", "objectnet" or "published"
+    classes: list              # class folders; a label is the place of one
+    sets: list                 # of TestSet
+    averaged: list = field(default_factory=list)  # corruptions that enter the mean
+    missing: list = field(default_factory=list)  # (corruption, severity) that are not there
+    held_out: bool = False     # val/ or test/: no shift for a model of its classes
+    wnids: dict = None         # ObjectNet: class folder -> classes of ImageNet
+    results: list = field(default_factory=list)  # of (TestSet, {(column, predictor): (n,) bool})
 
-    def __init__(self, sets, size, args):
-        super().__init__(sets[0].samples, size, "centre", args)
-        self.inside = slice(2, -2) if sets[0].objectnet else slice(None)  # its border; JPEG smears
-        height, width = self.read(0)[0].shape[1:]
-        if sets[0].corruption and not sets[0].made:
-            self.centre = v2.Identity()
-        elif height == width < 224:
-            self.centre = v2.Compose([v2.Resize(width), v2.CenterCrop(width)])
-        elif sets[0].made:
-            self.centre = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
-
-    def read(self, index):
-        path, label = self.samples[index]
-        if isinstance(path, tuple):
-            image = np.load(path[0], mmap_mode="r")[path[1]]
-            return torch.tensor(image).permute(2, 0, 1), label, -1
-        image, label, unreadable = super().read(index)
-        return image[:, self.inside, self.inside], label, unreadable
-
-def shifts(folder, corruptions, severities):
-    """[[Shift]] of a folder by its layout, those together that share images; raises Refusal."""
-    folder, name = Path(folder), Path(folder).name
-    if (folder / "labels.npy").is_file():
-        return arrays(folder, severities)
-    published = sorted(d for depth in ("*", "*/*") for d in folder.glob(f"{depth}/[1-5]")
-                       if any(d.glob("*/*")) and int(d.name) in severities)
-    if published:
-        return [[Shift(f"{name}/{d.parent.name}/{d.name}", *image_folder(d), d.parent.name,
-                       int(d.name))] for d in published]
-    folder = existing(folder, "val", "test")
-    plain = objectnet(folder) if (folder / "mappings").is_dir() else \
-        Shift(name, *image_folder(folder), clean=folder.name in ("val", "test"))
-    made = [replace(plain, name=f"{name}/{c}/{s}", corruption=c, severity=s, made=True, clean=False)
-            for c in corruptions for s in severities]
-    return [[plain], made] if made else [[plain]]
-
-def arrays(folder, severities):
-    """As `shifts`, of a folder of .npy files in CIFAR-10-C's layout: five severities one after the
-    other, the labels beside them. Raises Refusal."""
-    files = sorted(file for file in folder.glob("*.npy") if file.stem != "labels")
-    try:
-        labels = np.load(folder / "labels.npy").tolist()
-        lengths = {len(np.load(file, mmap_mode="r")) for file in files}
-    except (ValueError, EOFError) as error:
-        raise Refusal(f"{folder}: holds a broken .npy file; {error}") from error
-    if lengths != {len(labels)}:
-        raise Refusal(f"{folder}: needs arrays CORRUPTION.npy as long as labels.npy")
-    n, classes = len(labels) // 5, [str(i) for i in range(max(labels) + 1)]
-    samples = lambda file, s: [((str(file), i), labels[i]) for i in range(n * (s - 1), n * s)]
-    return [[Shift(f"{folder.name}/{file.stem}/{s}", samples(file, s), classes, file.stem, s)]
-            for file in files for s in severities]
-
-def existing(folder, *names):
-    """The first of folder/NAME that is a folder, else the folder itself."""
-    return next((Path(folder, n) for n in names if Path(folder, n).is_dir()), Path(folder))
-
-def objectnet(folder):
-    """ObjectNet's images of the 113 classes that its own mappings share with ImageNet [2]; raises
-    Refusal."""
-    read = lambda name: json.loads((folder / "mappings" / f"{name}.json").read_text())
-    try:
-        labels, outputs = read("folder_to_objectnet_label"), {}
-        order = sorted(labels.values())
-        for output, index in read("imagenet_pytorch_id_to_objectnet_id").items():
-            outputs.setdefault(order[index], []).append(int(output))
-    except (ValueError, IndexError, AttributeError) as error:
-        raise Refusal(f"{folder}/mappings: not ObjectNet's files; {error}") from error
-    samples, classes = image_folder(existing(folder, "images"))
-    shared = [c for c in classes if labels.get(c) in outputs]
-    if not shared:
-        raise Refusal(f"{folder}: none of its folders is a class that ImageNet has too")
-    samples = [(path, shared.index(classes[k])) for path, k in samples if classes[k] in shared]
-    return Shift(folder.name, samples, shared, objectnet={c: outputs[labels[c]] for c in shared})
-
-def columns(shift, names, outputs, model):
-    """Outputs of each class, (classes, m): ObjectNet's by its mapping; a numeric folder is the
-    output itself; others stand among the class names `names`. Raises Refusal."""
-    classes, numeric = shift.classes, lambda names: all(map(str.isdigit, names))
-    if shift.objectnet and outputs == 1000:
-        widest = max(map(len, shift.objectnet.values()))
-        return [(shift.objectnet[c] * widest)[:widest] for c in classes]
-    few = len(classes) < outputs and shift.corruption and not shift.made  # CIFAR-10-C, ImageNet's M
-    if numeric(classes) and not (names and numeric(names)) and max(map(int, classes)) < outputs \
-            and not few:
-        return [[int(c)] for c in classes]
-    if set(classes) <= set(names):
-        return [[list(names).index(c)] for c in classes]
-    raise Refusal(f"{shift.name} has {len(classes)} classes ({', '.join(classes[:3])} ...), "
-                  f"{model} knows {outputs} ({', '.join((names or ['unnamed'])[:3])} ...)")
-
-# --- Measuring ------------------------------------------------------------------------------------
-
-def load_model(name, args):
-    """A plug-in or network with .name, .heads and .zero_shot. A plain name's classifier is fitted
-    (--probe), made from text, or comes with its weights. Raises Refusal."""
-    ours = name.endswith(".pt") and ":" not in name
-    saved = read_tensors(name, "network or plug-in") if ours else {}
-    plug_in = saved.get("format") == "robustify plug-in"
-    model = load(name) if plug_in else load_network(name, args.pretrained)
-    model.name = column(name)
-    model.to(args.device, memory_format=torch.channels_last).eval()
-    if plug_in:
-        model.zero_shot = model.config.zero_shot
-    else:
-        model.heads = {}
-        if args.probe and not ours:
-            samples, model.class_names = image_folder(existing(args.probe, "train"))
-            features, labels = features_of(model, samples, args)
-            model.classifier = best_probe(features["model"], labels, len(model.class_names))
-        model.classes = 0 if model.classifier is None else len(model.classifier.weight)
-        model.zero_shot = not model.classes and model.text_embeddings is not None
-        if not (model.classes or model.zero_shot or args.transfer):
-            raise Refusal(f"--model {name}: has no classifier; --probe DIR fits one on DIR/train")
-    model.own = model.class_names or IMAGENET  # before it meets others
-    return model
-
-def column(name):
-    """What a table calls the model of --model NAME."""
-    return Path(name).name.removesuffix(".pt")
-
-def meet(model, shift, args):
-    """Set model.columns to the outputs of the shift's classes; a zero-shot model takes unknown ones
-    as new class names, ImageNet's 1000 where they are some of those (Table 2). Raises Refusal."""
-    classes, numbered = shift.classes, all(map(str.isdigit, shift.classes))
-    if model.zero_shot and (numbered or not set(classes) <= set(model.class_names or [])):
-        names = model.own if numbered else IMAGENET if shift.objectnet or \
-            set(classes) <= set(IMAGENET) else classes
-        templates = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
-                     "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
-        if names != model.class_names:
-            name_classes(model, names, templates.get(args.templates, [args.templates]))
-            model.to(args.device)
-    names = model.class_names or (IMAGENET if model.classes == 1000 else [])
-    model.columns = torch.tensor(columns(shift, names, model.classes, model.name),
-                                 device=args.device)
-
-def judge(model, pixels, labels):
-    """{predictor: (B,) bool} of one batch; labels index model.columns. "X of all" decides among
-    all outputs; "clean share" is where the clean head was chosen."""
-    index, correct = model.columns, {}
-    prediction = model.predict(pixels, with_original=True)
-    for name, p in prediction.everyone.items():
-        correct[name] = p[:, index].amax(-1).argmax(-1) == labels
-        if index.numel() < model.classes:
-            correct[f"{name} of all"] = (p.argmax(-1, keepdim=True) == index[labels]).any(-1)
-    if len(model.heads) > 1:
-        correct["oracle"] = correct["clean"] | correct["unclean"]
-        correct["clean share"] = prediction.head == HEADS.index("clean")
-    return correct
-
-def images_of(sets, size, args):
-    """(place in `sets`, uint8 images, labels, indices) by batches, of test sets that share their
-    images: each is read once and corrupted here. Under torchrun each process gets its share."""
-    views, n, seen = Pictures(sets, size, args), len(sets[0].samples), 0
-    views.samples = views.samples[RANK::PROCESSES]
-    with tqdm(desc=sets[0].name, total=n * len(sets), unit=" images", mininterval=2,
-              disable=RANK > 0) as bar:
-        for pixels, labels in measured(views, args):
-            indices = range(RANK, n, PROCESSES)[seen:seen + len(labels)]
-            clean, seen = (pixels * 255).round().byte(), seen + len(labels)
-            for i, shift in enumerate(sets):
-                images = clean if not shift.made else corrupt(
-                    clean, shift.corruption, shift.severity, indices, args.seed, args.frost)
-                if shift.made and args.jpeg and not args.corrupt_to:
-                    images = (jpeg_compression(images / 255, None, 85) * 255).round().byte()
-                yield i, images, labels, indices
-                bar.update(len(labels) * PROCESSES)
-
-def measure(models, folder, args):
-    """-> ([(shift, {(model, predictor): (n,) bool, right or wrong})], whether Ctrl-C cut it short:
-    then of shared images those that were done, of published sets those that were finished)."""
-    found, cut, size = [], False, max(m.size for m in models)
-    for sets in folder:
-        rows = [{} for _ in sets]
-        try:
-            for model in models:
-                meet(model, sets[0], args)
-            for i, images, labels, indices in images_of(sets, size, args):
-                for model in models:
-                    for key, correct in judge(model, images / 255, labels).items():
-                        rows[i].setdefault((model.name, key), np.full(
-                            len(sets[i].samples), -1, np.int8))[indices] = correct.cpu()
-        except KeyboardInterrupt:
-            cut = True
-        if PROCESSES > 1:
-            every = [None] * PROCESSES
-            torch.distributed.all_gather_object(every, rows)
-            rows = [{key: np.max([row[key] for row in same if key in row], axis=0)
-                     for key in same[0]} for same in zip(*every)]
-        if all(len({model for model, _ in row}) == len(models) for row in rows):
-            done = np.min([row[key] for row in rows for key in row], axis=0) >= 0
-            if done.all() or len(sets) > 1 and done.any():
-                found += [(shift, {key: correct[done] > 0 for key, correct in row.items()})
-                          for shift, row in zip(sets, rows)]
-        if cut:
-            break
-    return found, cut
-
-def write_corrupted(sets, args):
-    """Write what is corrupted here in ImageNet-C's layout: PNG, or (--jpeg) JPEG of quality 85."""
-    for place, images, labels, indices in images_of(sets, 224, args):
-        shift = sets[place]
-        for image, label, i in zip(images.cpu(), labels, indices):
-            file = Path(shift.samples[i][0]).stem + (".JPEG" if args.jpeg else ".png")
-            path = Path(args.corrupt_to, shift.corruption, str(shift.severity),
-                        shift.classes[label], file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            v2.functional.to_pil_image(image).save(path, quality=85)
-
-# --- Tables ---------------------------------------------------------------------------------------
-
-def table(header, rows):
-    """Aligned Markdown in percent with one decimal; what passes 100 columns follows below."""
-    cells = [[c if isinstance(c, str) else f"{100 * c:.1f}" for c in r] for r in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    fit = max(2, sum(np.cumsum(widths) + 3 * np.arange(1, len(widths) + 1) < 100))
-    line = lambda row: "| " + " | ".join(
-        c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row[:fit], widths))) + " |"
-    rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths[:fit]))
-    text = "\n".join([line(cells[0]), f"|{rule}|", *map(line, cells[1:])])
-    rest = [[row[0], *row[fit:]] for row in cells]
-    return text if fit >= len(header) else f"{text}\n\n{table(rest[0], rest[1:])}"
-
-def accuracies(found, keys):
-    """(sets, keys), from 0 to 1."""
-    return np.array([[row[key].mean() for key in keys] for _, row in found])
-
-def averaged(found):
-    """(sets,) bool, which enter the mean: the fifteen corruptions (fourteen without frost) where
-    they are there, else all that are corrupted."""
-    names = [shift.corruption for shift, _ in found]
-    core = set(names) & set(ALEXNET)
-    return np.isin(names, [*core] if len(core) > 13 else [*{*names} - {""}])
-
-def summary(found, keys, clean=None):
-    """[[label, a number for each key ...]], from 0 to 1: the clean set, each corruption over its
-    severities, each severity over corruptions, the mean; mCE of all fifteen at all severities, and
-    relative mCE where `clean`, the row of the clean set, is known."""
-    accuracy, core = accuracies(found, keys), averaged(found)
-    names, severities = np.array([(s.corruption, s.severity) for s, _ in found], object).T
-    sets = {name or found[0][0].name: names == name for name in dict.fromkeys(names)}
-    levels = {f"severity {s}": core & (severities == s) for s in sorted(set(severities[core]))}
-    mean = {f"mean of {len(set(names[core]))} corruptions": core} if core.any() else {}
-    chosen = sets | (levels if len(levels) > 1 else {}) | mean
-    lines = {label: accuracy[mask].mean(0) for label, mask in chosen.items()}
-    if mean and "clean share" not in [key for _, key in keys]:
-        lines["mean error"] = 1 - accuracy[core].mean(0)
-        if set(ALEXNET) <= set(names) and core.sum() == 75:
-            errors = np.array([1 - lines[name] for name in ALEXNET])
-            alexnet = np.array([*ALEXNET.values()])[:, None]
-            lines["mCE"] = (errors / alexnet).mean(0)
-            if clean:
-                errors = errors - (1 - accuracies([(None, clean)], keys))
-                lines["relative mCE"] = (errors / (alexnet - ALEXNET_CLEAN)).mean(0)
-    lines = [[label, *values] for label, values in lines.items()]
-    of_all = [(model, f"{key} of all") for model, key in keys]
-    if not names[0] and set(of_all) <= set(found[0][1]):
-        lines.insert(1, ["  of all", *accuracies(found[:1], of_all)[0]])
-    return lines
-
-def show(args, header, rows):
-    """Print a table, and keep it for --json."""
-    args.tables.append([header, *rows])
-    print("\n" + table(header, rows))
-
-def paired(differences):
-    """Mean of differences (n,), one an image, from -1 to 1, with its standard error, in points."""
-    error = differences.std(ddof=1) / math.sqrt(len(differences))
-    return [f"{100 * differences.mean():+.1f}", f"{100 * error:.1f}"]
-
-def compared(models):
-    """{column: (model, predictor)}: each student once before tuning, then all models."""
-    students = {(c.student, c.pretrained, c.zero_shot, c.data, c.limit): m
-                for m in reversed(models) if m.heads for c in [m.config]}
-    before = {"original" if len(students) == 1 else f"{m.name} original": (m.name, "original")
-              for m in reversed(students.values())}
-    return before | {m.name: (m.name, "selected" if m.heads else "model") for m in models}
-
-def report(models, found, clean, cut, args):
-    """Print the tables of one folder; `clean` is the row of its classes' clean set."""
-    keys, core = compared(models), averaged(found)
-    corrupted = [row for (_, row), enters in zip(found, core) if enters]
-    counts = {len(correct) for row in corrupted or [found[0][1]] for correct in row.values()}
-    title = f"accuracy, {max(counts)} images" + (" (partial)" if cut else "")
-    show(args, [title, *keys], summary(found, keys.values(), clean))
-    for m in (m for m in models if len(m.heads) > 1):
-        every = ["original", *HEADS, "selected", "oracle", "clean share"]
-        print(f"\n{m.name}: its heads, rule {m.config.rule}, K = {m.config.passes}", end="")
-        show(args, ["accuracy", *every], summary(found, [(m.name, key) for key in every]))
-        gain = lambda other: np.mean([row[m.name, "selected"] - row[other].astype(float)
-                                      for row in corrupted], axis=0)
-        if corrupted and len(counts) == 1:
-            show(args, [f"on corruptions, {m.name} minus", "points", "paired standard error"],
-                 [[name, *paired(gain(keys[name]))] for name in keys if name != m.name])
-
-def average_of_shifts(models, everything, args):
-    """Print Tables 1-3: each folder, a corrupted one by its mean, and the average over shifts."""
-    keys, rows, counted = compared(models), [], []
-    for found in everything:
-        first, core, accuracy = found[0][0], averaged(found), accuracies(found, keys.values())
-        name = first.name.split("/")[0]
-        if not first.corruption:
-            rows.append([name, *accuracy[0]])
-            counted.append(not first.clean)
-        if core.any():
-            rows.append([name + "-C" * found[-1][0].made, *accuracy[core].mean(0)])
-            counted.append(True)
-    if sum(counted) > 1:
-        average = np.mean([row[1:] for row, c in zip(rows, counted) if c], axis=0)
-        rows += [[f"average of {sum(counted)} shifts", *average], ["error", *(1 - average)]]
-        show(args, ["accuracy", *keys], rows)
-
-def plot(file, models, everything, costs):
-    """Accuracy and the share of the clean head against severity (Fig. 3), a line a model; with
-    --cost also accuracy against the training cost of an image (Fig. 1)."""
-    from matplotlib.figure import Figure
-    labels = [("severity, 0 is clean", "accuracy (%)"), ("severity, 0 is clean", "clean head (%)"),
-              ("training cost (ms an image)", "accuracy on corruptions (%)")][:2 + bool(costs)]
-    figure = Figure(figsize=(5 * len(labels), 4), layout="tight")
-    axes = figure.subplots(1, len(labels))
-    for found in everything:
-        severity, core = np.array([shift.severity for shift, _ in found]), averaged(found)
-        where = f", {found[0][0].name.split('/')[0]}" if len(everything) > 1 else ""
-        levels = sorted(set(severity[core | (severity == 0)]))
-        sets = [(severity == level) & (core | (level == 0)) for level in levels]
-        mean = lambda key, mask: 100 * accuracies(found, [key])[mask].mean()
-        for name, key in compared(models).items():
-            style, share = {"marker": "o", "label": name + where}, (key[0], "clean share")
-            line, = axes[0].plot(levels, [mean(key, s) for s in sets], **style)
-            style["color"] = line.get_color()
-            if key[1] == "selected" and share in found[0][1]:
-                axes[1].plot(levels, [mean(share, s) for s in sets], **style)
-            if name in costs:
-                axes[2].plot(costs[name], mean(key, core), linestyle="", **style)
-    for axis, (x, y) in zip(axes, labels):
-        axis.set(xlabel=x, ylabel=y)
-        if axis.lines:
-            axis.legend()
-    figure.savefig(file)
-
-# --- Transfer (Tables 1 and 3) --------------------------------------------------------------------
+def predict(column, pixels, z):
+    """({predictor: (B, C) probabilities}, the head that was chosen (B,) or None) of one model; z is
+    what M_b gives, of a plug-in or its original. "answer" is what the model says."""
+    if column.kind == "network":
+        return {"answer": column.model(pixels).float().softmax(-1)}, None
+    if column.kind == "original":
+        return {"answer": column.model.original_probabilities(z)}, None
+    prediction = column.model.predict_from(z)
+    if len(prediction.phi) == 1:
+        return {"answer": prediction.probabilities}, None
+    return {"answer": prediction.probabilities, **prediction.phi}, prediction.head
 
 @torch.no_grad()
-def features_of(model, samples, args):
-    """({predictor: (n, D)}, labels (n,)): what a network's classifier sees; of a plug-in pooled
-    activations after M_s, before and after tuning. Under torchrun each process takes all images."""
-    pooled = lambda h: h[:, 0] if h.ndim == 3 else h.flatten(2).mean(-1)  # class token, or mean
-    batches, keys = [], ("labels", "original", "tuned") if model.heads else ("labels", "model")
-    views = Views(samples, model.size, "centre", args)
-    for pixels, labels in measured(views, args, None if RANK else f"features of {model.name}"):
-        if model.heads:
-            z = model.backbone(pixels)
-            batches.append((labels, pooled(model.original[0](z)), pooled(model.shared(z))))
+def judge(groups, images, labels, args):
+    """One batch through all models: images {input size: uint8 (B, 3, n, n)}, labels (B,) ->
+    {(column, predictor): (B,) bool}, right or wrong. A group of columns shares M_b, which runs
+    once. "of all" is the answer among all outputs; --average adds the mean of all answers."""
+    right = {}
+    answers = []
+    for group in groups:
+        pixels = images[group[0].model.size] / 255
+        with autocast(args.device):
+            z = None
+            if group[0].kind != "network":
+                z = group[0].model.backbone(pixels)
+            predicted = [predict(column, pixels, z) for column in group]
+        for column, (predictors, head) in zip(group, predicted):
+            for predictor, p in predictors.items():
+                of_class = p[:, column.outputs].amax(-1)    # the best of the outputs that mean it
+                right[column.name, predictor] = of_class.argmax(-1) == labels
+                if predictor == "answer":
+                    best = p.argmax(-1, keepdim=True)
+                    right[column.name, "of all"] = (column.outputs[labels] == best).any(-1)
+                    if column.kind != "original":
+                        answers.append(of_class)
+            if head is not None:
+                oracle = right[column.name, "clean"] | right[column.name, "unclean"]
+                right[column.name, "oracle"] = oracle
+                right[column.name, "clean share"] = head == HEADS.index("clean")
+    if args.average:
+        right["average", "answer"] = torch.stack(answers).mean(0).argmax(-1) == labels
+    return right
+
+def measure(folder, columns, args):
+    """Yields (TestSet, {(column, predictor): (n,) bool}) for each set of a folder, when done.
+
+    Sets that share their images are measured together: an image is read once, corrupted once for
+    all models, and each sees it at its own size. Under torchrun a process judges its share."""
+    for column in columns:
+        meet(column, folder, args)
+    groups = grouped(columns)
+    sizes = {column.model.size for column in columns}
+    passes = [[test_set] for test_set in folder.sets]
+    if folder.kind in ("classes", "objectnet"):
+        passes = [folder.sets]
+    for sets in passes:
+        pictures = Pictures(sets[0].samples, sizes, folder.kind, sets[-1].made)
+        n = len(pictures)
+        rows = [{} for _ in sets]
+        title = f"{folder.name} {sets[-1].corruption}".strip()
+        bar = tqdm(desc=title, total=n * len(sets), unit=" images", mininterval=2, disable=RANK > 0)
+        share = range(RANK, n, PROCESSES)
+        for views, labels, indices in batches(pictures, share, args.batch_size, args.workers):
+            views = {size: view.to(args.device) for size, view in views.items()}
+            labels = labels.to(args.device)
+            for test_set, row in zip(sets, rows):
+                images = {size: views[pictures.side or size] for size in sizes}
+                if test_set.made:
+                    source = views[pictures.side or 224]
+                    images = dict.fromkeys(sizes, make(test_set, source, indices, args))
+                for key, right in judge(groups, images, labels, args).items():
+                    row.setdefault(key, np.zeros(n, bool))[indices] = right.cpu()
+                bar.update(len(labels) * PROCESSES)
+        bar.close()
+        yield from zip(sets, gathered(rows))
+
+def make(test_set, images, indices, args):
+    """The images uint8 (B, 3, n, n) under the set's corruption."""
+    images = corrupt(images, test_set.corruption, test_set.severity, indices, args.seed, args.frost)
+    if args.jpeg:
+        images = jpeg_85(images)
+    return images
+
+def gathered(rows):
+    """Rows [{key: (n,) bool}] of all processes in one: each image was judged by one of them."""
+    if PROCESSES == 1:
+        return rows
+    everyone = [None] * PROCESSES
+    torch.distributed.all_gather_object(everyone, rows)
+    merged = [{} for _ in rows]
+    for other in everyone:
+        for row, part in zip(merged, other):
+            for key, right in part.items():
+                row[key] = row.get(key, False) | right
+    return merged
+
+# --- Images, and the views that models have of them -----------------------------------------------
+
+class Pictures(Dataset):
+    """index -> ({n: uint8 (3, n, n)}, label, index), one view for each input size in the run.
+
+    Where most images are squares of one size below 224 px, all are seen whole, at that size
+    (`side`); published corruptions likewise at any size. A model resizes inside itself.
+    `corrupted`: they are to be corrupted here, at 224 px.
+    """
+
+    def __init__(self, samples, sizes, kind="classes", corrupted=False):
+        self.samples = samples
+        self.border = 2 * (kind == "objectnet")  # its red border of 1 px, which JPEG smears
+        self.side = common_side(samples)
+        if kind == "published":
+            self.side = self.side or 224
+        elif self.side >= 224:
+            self.side = 0
+        if self.side:
+            self.side -= 2 * self.border
+            whole = v2.Compose([v2.Resize(self.side), v2.CenterCrop(self.side)])
+            self.views = {self.side: whole}  # of an image of that size, itself
         else:
-            batches.append((labels, model.features(pixels)))
-    features = dict(zip(keys, map(torch.cat, zip(*batches))))
-    return features, features.pop("labels")
+            self.views = {size: centre_view(size) for size in sizes}
+            if corrupted:
+                self.views[224] = centre_view(224)  # as ImageNet-C was made
 
-def best_probe(features, labels, classes):
-    """A linear probe on standardised features, its weight decay chosen on a held-out tenth."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    held, rest = order.tensor_split([max(1, len(order) // 10)])
-    mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
+    def __len__(self):
+        return len(self.samples)
 
-    def fitted(rows, decay):
-        probe = nn.Linear(features.shape[1], classes, device=features.device)
-        for p in probe.parameters():
-            nn.init.zeros_(p)  # a start that no random draw before it decides
-        linear_probe((features[rows] - mean) / std, labels[rows], probe, decay)
-        with torch.no_grad():  # so that it takes features as they are
-            probe.weight /= std
-            probe.bias -= probe.weight @ mean
-        return probe
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        image = read_image(path)
+        if self.border:
+            image = image[:, self.border:-self.border, self.border:-self.border]
+        return {size: view(image) for size, view in self.views.items()}, label, index
 
-    score = lambda decay: right(fitted(rest, decay), features[held], labels[held]).mean()
-    return fitted(order, max((0.1, 1e-2, 1e-3, 1e-4, 1e-5), key=score))
+def centre_view(size):
+    """Images of up to 64 px whole, larger ones as ImageNet is measured: Resize 256, CenterCrop 224,
+    or likewise."""
+    resized = size
+    if size > 64:
+        resized = size * 256 // 224
+    return v2.Compose([v2.Resize(resized), v2.CenterCrop(size)])
 
-def right(probe, features, labels):
-    """(n,) of 0 and 1: where the probe is right."""
-    return (probe(features).argmax(-1) == labels).float().cpu().numpy()
+def common_side(samples):
+    """n where most images are n x n pixels, judged by the headers of 25 to 50 of them, else 0."""
+    sizes = []
+    for path, _ in samples[::max(1, len(samples) // 25)]:
+        try:
+            with Image.open(path) as image:
+                sizes.append(image.size)
+        except Exception:  # of a broken file, which read_image will refuse by name
+            sizes.append((0, 0))
+    width, height = statistics.mode(sizes)
+    if width != height or 2 * sizes.count((width, height)) <= len(sizes):
+        return 0
+    return width
 
-@functools.cache
-def transfer_sets(folder):
+# --- Folder kinds ---------------------------------------------------------------------------------
+
+def read_folder(path, name, args):
+    """The Folder of one --data, its kind recognised by its layout; raises Refusal."""
+    path = Path(path).resolve()
+    cells = severity_folders(path)
+    if cells:
+        folder = published_folder(path, name, cells, args)
+    elif (path / "mappings").is_dir():
+        folder = objectnet_folder(path, name)
+    else:
+        part = existing(path, "val", "test")
+        samples, classes = image_folder(part)
+        if set(classes) <= {*CORRUPTIONS, "spatter"}:
+            raise Refusal(f"{path}: holds corruptions ({classes[0]} ...) without severities 1-5")
+        folder = Folder(name, "classes", classes, [TestSet(samples)])
+        folder.held_out = part.name in ("val", "test")
+    if args.corrupt and folder.kind == "published":
+        raise Refusal(f"--corrupt: {path} is corrupted already; measure it in a run of its own")
+    for corruption in args.corrupt:
+        for severity in args.severity:
+            folder.sets.append(TestSet(folder.sets[0].samples, corruption, severity, made=True))
+    if args.corrupt:
+        folder.averaged = args.corrupt
+    if set(FIFTEEN) <= set(args.corrupt):
+        folder.averaged = list(FIFTEEN)
+    return folder
+
+def existing(path, *names):
+    """The first of path/NAME that is a folder, else the path itself."""
+    for name in names:
+        if Path(path, name).is_dir():
+            return Path(path, name)
+    return Path(path)
+
+def severity_folders(path):
+    """{(corruption, severity): folder} of ImageNet-C's layout, or of a part of it; {} of others."""
+    if path.parent.name in [*CORRUPTIONS, "spatter"] and path.name in list("12345"):
+        return {(path.parent.name, int(path.name)): path}
+    for depth in ("", "*/", "*/*/"):
+        found = {}
+        for folder in sorted(path.glob(f"{depth}[1-5]")):
+            if any(folder.glob("*/*")):
+                found[folder.parent.name, int(folder.name)] = folder
+        if found:
+            return found
+    return {}
+
+def published_folder(path, name, cells, args):
+    """Folder of ImageNet-C's layout; cells that are not there are kept as `missing`."""
+    corruptions = sorted({corruption for corruption, _ in cells})
+    severities = args.severity
+    if len(cells) == 1 and path in cells.values():
+        severities = [int(path.name)]
+    elif len(corruptions) > 1 and set(corruptions) & set(FIFTEEN):
+        corruptions = sorted({*corruptions, *FIFTEEN})
+    found = {}
+    missing = []
+    for cell in itertools.product(corruptions, severities):
+        if cell in cells:
+            found[cell] = image_folder(cells[cell])
+        else:
+            missing.append(cell)
+    if not found:
+        raise Refusal(f"--severity: {path} has none of {severities}")
+    classes = sorted(set().union(*[own for _, own in found.values()]))
+    place = {label: i for i, label in enumerate(classes)}
+    sets = []
+    for (corruption, severity), (samples, own) in found.items():
+        samples = [(image, place[own[label]]) for image, label in samples]
+        sets.append(TestSet(samples, corruption, severity))
+    present = dict.fromkeys(test_set.corruption for test_set in sets)
+    fifteen = [corruption for corruption in present if corruption in FIFTEEN]
+    return Folder(name, "published", classes, sets, fifteen or list(present), missing)
+
+def objectnet_folder(path, name):
+    """Folder of ObjectNet: those of its classes that ImageNet has too, by its own mappings, which
+    give the place of a label among the sorted labels to outputs of an ImageNet network [2]."""
+    wnids = {}
+    try:
+        label_of = json.loads((path / "mappings/folder_to_objectnet_label.json").read_text())
+        places = path / "mappings/imagenet_pytorch_id_to_objectnet_id.json"
+        labels = sorted(label_of.values())
+        for output, place in json.loads(places.read_text()).items():
+            wnids.setdefault(labels[place], []).append(IMAGENET[int(output)])
+    except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
+        raise Refusal(f"{path}/mappings: not ObjectNet's files ({error})") from error
+    samples, folders = image_folder(existing(path, "images"))
+    shared = [f for f in folders if label_of.get(f) in wnids]
+    if not shared:
+        raise Refusal(f"{path}: none of its folders is a class that ImageNet has too")
+    place = {f: i for i, f in enumerate(shared)}
+    samples = [(image, place[folders[k]]) for image, k in samples if folders[k] in place]
+    folder = Folder(name, "objectnet", shared, [TestSet(samples)])
+    folder.wnids = {f: wnids[label_of[f]] for f in shared}
+    return folder
+
+# --- Class mapping: which outputs of a model mean a class of the folder ---------------------------
+
+def class_outputs(folder, column):
+    """(names of the model's outputs, [outputs that mean it] for each class of the folder): the
+    table above. Only a zero-shot model's names can change. Raises Refusal."""
+    own = column.classes or []
+    numbered = all(name.isdecimal() for name in folder.classes)
+    wanted = {name: [name] for name in folder.classes}
+    if folder.wnids:
+        wanted = folder.wnids
+    elif numbered and not set(folder.classes) <= set(own):
+        if max(map(int, folder.classes)) > 999:
+            raise Refusal(f"{folder.name}: {folder.classes[-1]} is no output of ImageNet's")
+        wanted = {name: [IMAGENET[int(name)]] for name in folder.classes}
+    every = list(itertools.chain(*wanted.values()))
+    names = own
+    if column.zero_shot and not set(every) <= set(own):
+        names = new_classes(every, folder)
+    place = {name: i for i, name in enumerate(names)}
+    unknown = [name for name in every if name not in place]
+    if unknown:
+        raise Refusal(f"{folder.name} has {len(folder.classes)} classes ({shortened(every)}); "
+                      f"{column.name}, which knows {column.count} ({shortened(own)}), lacks "
+                      f"{len(unknown)} ({shortened(unknown)})")
+    return names, [[place[name] for name in wanted[label]] for label in folder.classes]
+
+def new_classes(names, folder):
+    """What a zero-shot model decides among: ImageNet's 1000, or these names; raises Refusal."""
+    if set(names) <= set(IMAGENET):
+        return IMAGENET
+    if len(names) == 1:
+        raise Refusal(f"{folder.name}: one class ({names[0]}); there is nothing to decide")
+    for name in names:
+        if name.isdecimal() or re.fullmatch(r"n\d{8}", name):
+            raise Refusal(f"{folder.name}: {name} is no class of ImageNet; what is its name?")
+    return names
+
+def shortened(names):
+    """The first three of a list, for a message."""
+    return ", ".join(names[:3]) + " ..." * (len(names) > 3)
+
+def meet(column, folder, args):
+    """Set the outputs that mean the folder's classes, of a zero-shot model also its classes. A
+    plug-in keeps the embeddings that it was tuned with, unless --templates are given."""
+    names, outputs = class_outputs(folder, column)
+    if column.zero_shot:
+        key = tuple(names)
+        if key not in column.embeddings:
+            templates = TEMPLATES.get(args.templates or "openai", [args.templates])
+            column.embeddings[key] = column.model.text_embeddings(names, templates, args.device)
+        set_classes(column.model, names, *column.embeddings[key])
+        column.model.to(args.device)
+        column.count = len(names)
+    widest = max(len(some) for some in outputs)
+    rows = [(some * widest)[:widest] for some in outputs]
+    column.outputs = torch.tensor(rows, device=args.device)
+
+# --- Models ---------------------------------------------------------------------------------------
+
+def load_columns(args):
+    """The columns that --model, --alpha, --rule and --passes ask for, first one for each original
+    that plug-ins were tuned from. Equal backbones are kept once. Raises Refusal."""
+    columns = []
+    originals = {}
+    backbones = {}
+    for path, name in zip(args.model, short_names("--model", args.model)):
+        is_file = path.endswith(".pt") and ":" not in path
+        if not is_file or read_checkpoint(path, "any")["format"] != "robustify plug-in":
+            columns.append(plain_column(path, name, args, "" if is_file else args.pretrained))
+            continue
+        student = load(path).to(args.device, memory_format=torch.channels_last)
+        teacher = student.config.teacher
+        if args.cost and teacher.endswith(".pt") and not Path(teacher).is_file():
+            raise Refusal(f"--cost: needs {teacher}, the teacher of {path}")
+        stages = [*student.backbone, *student.original[0], *student.original[1]]
+        key = fingerprint(nn.Sequential(*stages))  # wherever it is cut
+        if key not in originals:
+            originals[key] = student_column(f"original of {name}", "original", student, args)
+        first = originals[key]
+        key = student.size, fingerprint(student.backbone)
+        student.backbone = backbones.setdefault(key, student.backbone)
+        for label, variant in variants(student, name, args):
+            column = student_column(label, "plug-in", variant, args)
+            column.embeddings = first.embeddings
+            column.original = first
+            column.path = path
+            columns.append(column)
+    if len(originals) == 1:
+        first.name = "original"
+    columns = [*originals.values(), *columns]
+    if len({column.name for column in columns}) < len(columns):
+        raise Refusal("--model: two columns would have one name; rename a file")
+    return columns
+
+def plain_column(path, name, args, pretrained):
+    """Column of a network by name or file; raises Refusal. A tower without a classifier takes text
+    for one (CLIP), or a linear probe (--probe), fitted later."""
+    network = load_network(path, pretrained).to(args.device, memory_format=torch.channels_last)
+    column = Column(name, "network", network.eval(), network.class_names)
+    if network.classifier is not None:
+        column.count = len(network.classifier.weight)
+        if column.classes is None and column.count == 1000:
+            column.classes = IMAGENET
+    elif args.probe:
+        column.probed = True
+        column.classes = image_folder(existing(args.probe, "train"))[1]
+        column.count = len(column.classes)
+    elif network.text_embeddings is not None:
+        column.zero_shot = True
+    elif args.data:
+        raise Refusal(f"--model {path}: has no classifier; --probe DIR fits one on DIR/train")
+    return column
+
+def student_column(name, kind, student, args):
+    """Column of a plug-in, or of its original."""
+    column = Column(name, kind, student, student.class_names, student.classes)
+    column.zero_shot = student.config.zero_shot
+    if column.zero_shot and not args.templates:
+        classifier = student.original[1][-1]
+        key = tuple(student.class_names)
+        column.embeddings[key] = (classifier.weight.clone(), classifier.scale.clone())
+    return column
+
+def variants(student, name, args):
+    """Yields (name, student) for each of --alpha, --rule and --passes, from one load."""
+    config = student.config
+    rules = args.rule if len(student.heads) > 1 else []
+    if not (args.alpha or rules or args.passes):
+        yield name, student
+        return
+    features = student.masks.shape[1]
+    for alpha, rule, passes in itertools.product(
+            args.alpha or [1.0], rules or [config.rule], args.passes or [config.passes]):
+        label = name
+        if args.alpha:
+            label += f" alpha {alpha:g}"
+        if rules:
+            label += f" {rule}"
+        if args.passes:
+            label += f" K {passes}"
+        variant = interpolated(student, alpha).eval()
+        variant.config = replace(config, rule=rule, passes=passes)
+        variant.masks = dropout_masks(variant.config, features).to(student.masks.device)
+        yield label, variant
+
+def grouped(columns):
+    """Lists of columns: those with one backbone together, a plain network alone."""
+    groups = {}
+    for column in columns:
+        key = id(column.model)
+        if column.kind != "network":
+            key = id(column.model.backbone)
+        groups.setdefault(key, []).append(column)
+    return list(groups.values())
+
+def short_names(flag, paths):
+    """The shortest ends of the paths that tell them apart and are no name of ours; raises Refusal
+    where one is given twice."""
+    parts = [Path(path).absolute().parts for path in paths]
+    longest = max(map(len, parts), default=1)
+    for suffix, length in itertools.product((".pt", ""), range(1, longest + 1)):
+        names = ["/".join(part[-length:]).removesuffix(suffix) for part in parts]
+        if len(set(names)) == len(names) and not {"original", "average"} & set(names):
+            return names
+    raise Refusal(f"{flag}: two of {', '.join(paths)} are the same")
+
+# --- Metrics and tables ---------------------------------------------------------------------------
+
+def accuracies(folder, keys):
+    """{(corruption, severity): (keys,)}, from 0 to 1; NaN where a model has no such predictor."""
+    found = {}
+    for test_set, row in folder.results:
+        values = [row[key].mean() if key in row else np.nan for key in keys]
+        found[test_set.corruption, test_set.severity] = np.array(values)
+    return found
+
+def mean_of(cells, corruptions, severity=None):
+    """(keys,) of cells {(corruption, severity): (keys,)}: the mean over a corruption's severities,
+    or one of them, then over corruptions."""
+    means = []
+    for name in corruptions:
+        own = [cell for (corruption, level), cell in cells.items()
+               if corruption == name and severity in (None, level)]
+        if own:
+            means.append(np.mean(own, axis=0))
+    return np.mean(means, axis=0)
+
+def measured_corruptions(folder):
+    """Those that enter the mean, as far as they were measured."""
+    done = {test_set.corruption for test_set, _ in folder.results}
+    return [name for name in folder.averaged if name in done]
+
+def mce(cells, clean=None):
+    """(keys,): the mean over the fifteen of error / AlexNet's error [11]; with the clean accuracy
+    (keys,) the relative mCE, of what corruption adds to the error."""
+    ratios = []
+    for name, alexnet in ALEXNET.items():
+        error = 1 - mean_of(cells, [name])
+        if clean is None:
+            ratios.append(error / alexnet)
+        else:
+            ratios.append((error - (1 - clean)) / (alexnet - ALEXNET_CLEAN))
+    return np.mean(ratios, axis=0)
+
+def summary(folder, keys):
+    """Rows [label, a number for each key] from 0 to 1: the images as they are, each corruption,
+    each severity, the mean over corruptions."""
+    cells = accuracies(folder, keys)
+    averaged = measured_corruptions(folder)
+    rows = []
+    if ("", 0) in cells:
+        rows.append([folder.name, *cells["", 0]])
+    for name in dict.fromkeys(corruption for corruption, _ in cells if corruption):
+        rows.append([name, *mean_of(cells, [name])])
+    severities = sorted({severity for name, severity in cells if name in averaged})
+    for severity in severities if len(severities) > 1 else []:
+        rows.append([f"severity {severity}", *mean_of(cells, averaged, severity)])
+    if averaged:
+        label = f"mean of {len(averaged)} corruptions"
+        if set(averaged) == set(FIFTEEN):
+            label = "mean of the fifteen"
+        rows.append([label, *mean_of(cells, averaged)])
+    return rows
+
+def errors(folder, folders, keys):
+    """Rows of the mean error and, for ImageNet's classes under all fifteen at five severities, mCE;
+    relative mCE where the clean images are measured in the same run."""
+    cells = accuracies(folder, keys)
+    averaged = measured_corruptions(folder)
+    if not averaged:
+        return []
+    rows = [["mean error", *(1 - mean_of(cells, averaged))]]
+    is_imagenet = folder.kind == "published" or folder.held_out
+    every = set(itertools.product(FIFTEEN, range(1, 6)))
+    if not is_imagenet or set(folder.classes) != set(IMAGENET) or not every <= set(cells):
+        return rows
+    rows.append(["mCE", *mce(cells)])
+    for other in folders:
+        clean = accuracies(other, keys).get(("", 0))
+        if other.held_out and set(other.classes) == set(IMAGENET) and clean is not None:
+            return [*rows, ["relative mCE", *mce(cells, clean)]]
+    return rows
+
+def paired(folder, corruptions, one, other):
+    """Accuracy of one column minus another's, image by image, in points, +- 2 standard errors."""
+    means = []
+    for name in corruptions:
+        own = [row[one, "answer"].astype(float) - row[other, "answer"]
+               for test_set, row in folder.results if test_set.corruption == name]
+        if len({len(differences) for differences in own}) == 1:
+            means.append(np.mean(own, axis=0))
+    if len({len(differences) for differences in means}) != 1 or len(means[0]) < 2:
+        return "-"
+    difference = np.mean(means, axis=0)
+    error = difference.std(ddof=1) / math.sqrt(len(difference))
+    return f"{100 * difference.mean():+.1f} +- {200 * error:.1f}"
+
+def table(header, rows):
+    """Aligned Markdown; numbers from 0 to 1 become percent with one decimal."""
+    lines = [header]
+    for row in rows:
+        lines.append([cell if isinstance(cell, str) else f"{100 * cell:.1f}" for cell in row])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
+    lines.insert(1, rule)
+    text = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
+        cells[0] = line[0].ljust(widths[0])
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+def show(args, header, rows):
+    """Print a table, and keep it for --json; a NaN, of what a model does not have, becomes "-"."""
+    kept = [header]
+    for row in rows:
+        kept.append(["-" if cell != cell else cell for cell in row])
+    args.tables.append(kept)
+    print("\n" + table(header, kept[1:]), flush=True)
+
+def report(folder, folders, columns, args):
+    """Print the tables of a folder, as far as it was measured."""
+    names = [column.name for column in columns]
+    if args.average:
+        names.append("average")
+    keys = [(name, "answer") for name in names]
+    n = len(folder.results[0][0].samples)
+    partial = " (partial)" * (len(folder.results) < len(folder.sets))
+    rows = summary(folder, keys) + errors(folder, folders, keys)
+    of_all = accuracies(folder, [(name, "of all") for name in names]).get(("", 0))
+    if of_all is not None and any(len(folder.classes) < column.count for column in columns):
+        rows.insert(1, ["  of all", *of_all])
+    show(args, [f"accuracy, {n} images{partial}", *names], rows)
+    for column in columns:
+        if column.kind == "plug-in" and len(column.model.heads) > 1:
+            predictors = [*HEADS, "answer", "oracle", "clean share"]
+            keys = [(column.original.name, "answer"), *[(column.name, p) for p in predictors]]
+            show(args, [column.name, "original", *HEADS, "selected", "oracle", "clean share"],
+                 summary(folder, keys))
+    rows = []
+    for i, column in enumerate(columns):
+        for other in columns[:i] if column.kind == "plug-in" else []:
+            rows.append([f"{column.name} minus {other.name}",
+                         paired(folder, [""], column.name, other.name),
+                         paired(folder, folder.averaged, column.name, other.name)])
+    if rows:
+        show(args, ["points, +- 2 paired standard errors", "as they are", "corrupted"], rows)
+
+def average_of_shifts(folders, columns, args):
+    """Print the last column of Tables 1 to 3: the average over folders, a corrupted one by its mean
+    over corruptions; a model's own test set, where it is one, is no shift for it."""
+    keys = [(column.name, "answer") for column in columns]
+    rows = []
+    is_shift = []
+    for folder in folders:
+        cells = accuracies(folder, keys)
+        if ("", 0) in cells:
+            rows.append([folder.name, *cells["", 0]])
+            own = [set(folder.classes) <= set(column.classes or IMAGENET) for column in columns]
+            is_shift.append([not (folder.held_out and is_own) for is_own in own])
+        if measured_corruptions(folder):
+            suffix = "-C" * any(test_set.made for test_set in folder.sets)
+            rows.append([folder.name + suffix, *mean_of(cells, measured_corruptions(folder))])
+            is_shift.append([True] * len(columns))
+    if np.sum(is_shift, axis=0).max(initial=0) < 2:
+        return
+    accuracy = np.array([row[1:] for row in rows])
+    average = np.ma.masked_array(accuracy, np.logical_not(is_shift)).mean(0).filled(np.nan)
+    rows.append(["average of shifts", *average])
+    rows.append(["its error", *(1 - average)])
+    show(args, ["accuracy", *[column.name for column in columns]], rows)
+
+def write_json(folders, columns, args, partial):
+    """Everything that was measured, with what is needed to repeat it."""
+    sets = []
+    for folder in folders:
+        for test_set, row in folder.results:
+            accuracy = {name: {} for name, _ in row}
+            for (name, predictor), right in row.items():
+                accuracy[name][predictor] = float(right.mean())
+            sets.append({"folder": folder.name, "corruption": test_set.corruption,
+                         "severity": test_set.severity, "made": test_set.made,
+                         "n": len(test_set.samples), "classes": len(folder.classes),
+                         "accuracy": accuracy})
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision, open_clip, timm)}
+    models = {}
+    for column in columns:
+        models[column.name] = {"size": column.model.size}
+        if column.kind != "network":
+            models[column.name]["config"] = asdict(column.model.config)
+    own = {name: value for name, value in vars(args).items() if name != "tables"}
+    content = {"partial": partial, "sets": sets, "missing": {f.name: f.missing for f in folders},
+               "tables": args.tables, "arguments": own, "models": models, "versions": versions}
+    Path(args.json).write_text(json.dumps(content, indent=1, default=float))
+
+def plot(folders, columns, args):
+    """Accuracy, and the share of the clean head, against severity (Figure 3); 0 is uncorrupted."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    panels = {"answer": "accuracy (%)"}
+    if any(column.kind == "plug-in" and len(column.model.heads) > 1 for column in columns):
+        panels["clean share"] = "clean head chosen (%)"
+    figure = Figure(figsize=(6 * len(panels), 5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    colours = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(columns)))
+    for (predictor, title), axis in zip(panels.items(), axes):
+        for folder, style in zip(folders, itertools.cycle(("-", "--", ":", "-."))):
+            averaged = measured_corruptions(folder)
+            for column, colour in zip(columns, colours):
+                cells = accuracies(folder, [(column.name, predictor)])
+                levels = sorted({level for name, level in cells if name in ["", *averaged]})
+                values = []
+                for level in levels:
+                    names = averaged if level else [""]
+                    values.append(100 * mean_of(cells, names, level)[0])
+                if averaged and not np.isnan(values).any():
+                    label = f"{column.name}, {folder.name}"
+                    axis.plot(levels, values, style, marker="o", color=colour, label=label)
+        axis.set(xlabel="severity, 0 is uncorrupted", ylabel=title, xticks=range(6))
+        axis.legend(fontsize="small")
+    figure.savefig(args.plot)
+
+# --- Transfer (Tables 1 and 3): linear probes -----------------------------------------------------
+
+def features(column, pixels):
+    """{name: (B, D)}: of a network, what its classifier sees; of a plug-in, "original" and where
+    tuning has acted: pooled activations after the shared section, or where nothing is shared what
+    the classifier of each head sees."""
+    model = column.model
+    if column.kind == "network":
+        return {"features": model.features(pixels)}
+    z = model.backbone(pixels)
+    if len(model.shared):
+        before = model.original[0](z)
+        after = model.shared(z)
+        return {"original": pooled(model, before), "tuned": pooled(model, after)}
+    found = {"original": model.original[1][:-1](z)}
+    for name, head in model.heads.items():
+        found[f"{name} head"] = head.features(z)
+    return found
+
+def pooled(student, h):
+    """Activations of any shape -> (B, D): the class token, else the mean over places."""
+    if h.ndim == 4:
+        return h.mean((2, 3))
+    if h.ndim == 3 and student.class_token:
+        return h[:, 0]
+    if h.ndim == 3:
+        return h.mean(1)
+    return h
+
+@torch.no_grad()
+def features_of(samples, column, args):
+    """({name: (n, D)}, labels (n,)) of images, on the views that are measured. Under torchrun each
+    process takes all of them."""
+    pictures = Pictures(samples, [column.model.size])
+    found = []
+    every = []
+    loader = batches(pictures, range(len(pictures)), args.batch_size, args.workers)
+    for views, labels, _ in tqdm(loader, "batches of features", mininterval=2, disable=RANK > 0):
+        pixels = views[pictures.side or column.model.size].to(args.device) / 255
+        with autocast(args.device):
+            found.append(features(column, pixels))
+        every.append(labels.to(args.device))
+    names = found[0]
+    return {name: torch.cat([f[name].float() for f in found]) for name in names}, torch.cat(every)
+
+def fitted_probe(features, labels, classes):
+    """A linear layer for features (n, D), fitted to standardised ones."""
+    mean = features.mean(0)
+    std = features.std(0, correction=0).clamp_min(1e-6)
+    probe = nn.Linear(features.shape[1], classes, device=features.device)
+    linear_probe((features - mean) / std, labels, probe)
+    with torch.no_grad():  # so that it takes features as they are
+        probe.weight /= std
+        probe.bias -= probe.weight @ mean
+    return probe
+
+def transfer_sets(path):
     """(train samples, test samples, classes) of a --transfer folder; raises Refusal."""
-    (train, classes), (test, others) = (
-        image_folder(part) for part in (Path(folder, "train"), existing(folder, "val", "test")))
+    train, classes = image_folder(Path(path, "train"))
+    test, others = image_folder(existing(path, "val", "test"))
     if classes != others:
-        raise Refusal(f"--transfer {folder}: needs train/ and val/ with the same classes")
+        raise Refusal(f"--transfer {path}: needs train/ and val/ with the same classes")
     return train, test, classes
 
-def transfer(models, folder, args):
-    """Linear probes fitted on folder/train and tested on val/ (or test/): prints accuracies, and of
-    plug-ins the difference that tuning made."""
-    (train, test, classes), rows = transfer_sets(folder), []
-    for model in models:
-        (known, y), (unseen, labels) = (features_of(model, part, args) for part in (train, test))
-        correct = {key: right(best_probe(known[key], y, len(classes)), unseen[key], labels)
-                   for key in known}
-        rows += [[f"{model.name}, {key}", c.mean(), "", ""] for key, c in correct.items()]
-        if model.heads:
-            rows[-1][2:] = paired(correct["tuned"] - correct["original"])
-    show(args, [f"linear probe, {Path(folder).name}", "accuracy", "tuned minus original",
-                "paired standard error"], rows)
+def transfer(path, columns, args):
+    """Linear probes fitted on path/train and tested on val/ (or test/): prints their accuracy, and
+    of a plug-in the difference that tuning made."""
+    train, test, classes = transfer_sets(path)
+    rows = []
+    for column in columns:
+        if column.kind == "original":
+            continue  # stands beside its plug-ins
+        known, labels = features_of(train, column, args)
+        unseen, truth = features_of(test, column, args)
+        before = None
+        for name in known:
+            probe = fitted_probe(known[name], labels, len(classes))
+            with torch.no_grad():
+                right = (probe(unseen[name]).argmax(-1) == truth).float().cpu().numpy()
+            row = [f"{column.name}, {name}", right.mean(), "-"]
+            if before is not None:
+                error = (right - before).std(ddof=1) / math.sqrt(len(right))
+                row[2] = f"{100 * (right - before).mean():+.1f} +- {200 * error:.1f}"
+            elif name == "original":
+                before = right
+            rows.append(row)
+    show(args, [f"linear probe, {Path(path).name}", "accuracy", "minus original"], rows)
 
-# --- Cost (latency columns) -----------------------------------------------------------------------
+def fit_probe(column, args):
+    """Give a tower the classifier that --probe asks for."""
+    samples, classes = image_folder(existing(args.probe, "train"))
+    known, labels = features_of(samples, column, args)
+    column.model.classifier = fitted_probe(known["features"], labels, len(classes))
 
-def timed(tasks, images):
-    """{name: ms an image} of {name: function}: medians of five rounds in which all take turns, so
-    that a slow moment of the machine strikes all alike."""
+# --- Cost -----------------------------------------------------------------------------------------
+
+def count_macs(task):
+    """Multiply-accumulates of task(), in 1e9; fused attention would hide from the counter."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        task()
+    torch.backends.mha.set_fastpath_enabled(True)
+    return counter.get_total_flops() / 2e9
+
+def milliseconds(tasks, device):
+    """{name: ms} of {name: function}: medians of five rounds in which all take turns, so that a
+    slow moment of the machine strikes all alike."""
     seconds = {name: [] for name in tasks}
     for _ in range(6):  # the first warms up
         for name, task in tasks.items():
             start = time.perf_counter()
             task()
-            if images.is_cuda:
+            if device == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: 1000 * np.median(s[1:]) / len(images) for name, s in seconds.items()}
+    return {name: 1000 * statistics.median(times[1:]) for name, times in seconds.items()}
 
-def cost(model, args):
-    """Print the costs of a plug-in's inference and training; returns {recipe: ms of training}."""
-    n = min(args.batch_size, 64 if args.device == "cuda" else 4)
-    pixels = torch.rand(n, 3, model.size, model.size, device=args.device)
-    original = torch.no_grad()(lambda: model.original(model.backbone(pixels)))
-    cost_of_inference(model, pixels, original, args)
-    return cost_of_training(model, pixels, original, args)
+def forward_pass(network, pixels, whole):
+    """Inference of the network that was tuned; `whole`: its last block computes all tokens, as the
+    library's does, and not the class token alone."""
+    blocks = [module for module in network.modules() if isinstance(module, ClassTokenBlock)]
+    for block in blocks:
+        block.whole = whole
+    with torch.no_grad(), autocast(pixels.device):
+        network(pixels)
+    for block in blocks:
+        block.whole = False
 
-def cost_of_inference(model, pixels, original, args):
-    """Print GMACs, parameters and ms an image of the original and of the student for K passes."""
-    def predict(passes, own=model.masks):
-        model.masks = own.new_ones(passes, own.shape[1])
-        model.predict(pixels)
-        model.masks = own
+def inference(student, pixels, passes):
+    """Inference of the student with K = passes."""
+    masks = student.masks
+    student.masks = masks.new_ones(passes, masks.shape[1])
+    with autocast(pixels.device):
+        student.eval().predict(pixels)
+    student.masks = masks
 
-    tasks = {"original": original} | {f"{model.name}, K = {k}": functools.partial(predict, k)
-                                      for k in (1, 5, 10)}
-    ms, rows, macs = timed(tasks, pixels), [], {}
-    torch.backends.mha.set_fastpath_enabled(False)  # nor fused attention: it would not be counted
-    for name, task in tasks.items():
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            task()
-        macs[name] = counter.get_total_flops() / 2e9 / len(pixels)
-        tuned = 0 if name == "original" else count(model.shared, model.heads)
-        whole = count(model.backbone) + (tuned or count(model.original))
-        rows.append([name, f"{macs[name]:.4g}", f"{macs[name] / macs['original']:.4f}",
-                     f"{whole / 1e6:.2f}", f"{tuned / 1e6:.2f}", f"{ms[name]:.2f}",
-                     f"{ms[name] / ms['original']:.3f}"])
-    torch.backends.mha.set_fastpath_enabled(True)
-    show(args, ["inference, an image", "GMACs", "ratio", "M parameters", "tuned", "ms", "ratio"],
-         rows)
+def training_step(student, teacher, pixels):
+    """Loss and gradients, every second image augmented."""
+    labels = torch.zeros(len(pixels), dtype=torch.long, device=pixels.device)
+    is_clean = torch.arange(len(pixels), device=pixels.device) % 2 == 0
+    with autocast(pixels.device):
+        loss = student_loss(student.train(), teacher, pixels, labels, is_clean)
+    loss.backward()
+    student.zero_grad()
 
-def cost_of_training(model, pixels, original, args):
-    """Print ms an image of each recipe (forward and backward, half of the images clean)."""
-    config, device = model.config, pixels.device
-    labels = torch.zeros(len(pixels), dtype=torch.long, device=device)
-    is_clean = torch.arange(len(pixels), device=device) % 2 == 0
-    teacher = load_network(config.teacher).to(device).eval() if config.teacher else None
-    half = torch.autocast("cuda", torch.bfloat16, enabled=pixels.is_cuda)
+def cost(path, config, args):
+    """Print what inference and a training step of each recipe cost an image, for the student of a
+    plug-in, beside the network that it was made from: by the library's own forward pass, and with
+    its last block computed for the class token alone."""
+    network = load_original(path).to(args.device).eval()
+    teacher = None
+    if config.teacher:
+        teacher = load_network(config.teacher).to(args.device).eval()
+    n = 64 if args.device == "cuda" else 4
+    pixels = torch.rand(n, 3, network.size, network.size, device=args.device)
+    tasks = {"library's forward pass": functools.partial(forward_pass, network, pixels, True),
+             "the same, class token": functools.partial(forward_pass, network, pixels, False)}
+    student = assemble(network, config).to(args.device)
+    for passes in (1, 5, 10):
+        name = f"{config.recipe}, K = {passes}"
+        tasks[name] = functools.partial(inference, student, pixels, passes)
+    for recipe, row in RECIPES.items():
+        if "robust" in (row.clean_teacher, row.augmented_teacher) and teacher is None:
+            continue
+        if config.zero_shot and row.cut == "features":
+            continue  # nothing to tune
+        student = assemble(network, replace(config, recipe=recipe)).to(args.device)
+        name = f"train {recipe}, {count_parameters(student.shared, student.heads) / 1e6:.2f} M"
+        tasks[name] = functools.partial(training_step, student, teacher, pixels)
+    ms = milliseconds(tasks, args.device)
+    gmacs = {name: count_macs(task) for name, task in tasks.items()}
+    library, class_token = list(tasks)[:2]
+    rows = []
+    for name in tasks:
+        row = [name]
+        for measured in (gmacs, ms):
+            row.append(f"{measured[name] / n:.4g}")
+            row.append(f"{measured[name] / measured[library]:.3f}")
+            row.append(f"{measured[name] / measured[class_token]:.3f}")
+        rows.append(row)
+    title = f"{Path(config.student).name}, {count_parameters(network) / 1e6:.2f} M, an image"
+    ratios = ["/ library", "/ class token"]
+    show(args, [title, "GMACs", *ratios, "ms", *ratios], rows)
 
-    def train(student):
-        taught = teacher if len(student.heads) > 1 else None
-        with half:
-            loss = student_loss(student, taught, pixels, labels, is_clean)
-        loss.backward()
-        student.zero_grad()
+# --- The corruptions of ImageNet-C [11] as a library ----------------------------------------------
+# A corruption is a function of images x (B, 3, n, n) in [0, 1], one torch.Generator an image, and
+# the parameters of one severity. Lengths are in pixels, grey levels in units of the whole range.
 
-    tasks = {"frozen forward pass": half(original)}
-    for recipe in RECIPES if teacher else [config.recipe]:
-        student = RobustStudent(model.backbone, *model.original, replace(config, recipe=recipe))
-        tasks[recipe] = functools.partial(train, student.to(device).train())
-    ms = timed(tasks, pixels)
-    show(args, [f"training {model.name}'s student, an image", "ms", "ratio"], [
-        [name, f"{ms[name]:.2f}", f"{ms[name] / ms['frozen forward pass']:.2f}"] for name in ms])
-    return ms
+PARAMETERS = {  # parameter -> its values at severity 1 to 5 for 224, for 64 and for 32 px
+    "gaussian_noise": {
+        "sigma": ((.08, .12, .18, .26, .38), (.04, .08, .12, .15, .18), (.04, .06, .08, .09, .1))},
+    "shot_noise": {
+        "photons": ((60, 25, 12, 5, 3), (250, 100, 50, 30, 15), (500, 250, 100, 75, 50))},
+    "impulse_noise": {
+        "amount": ((.03, .06, .09, .17, .27), (.01, .02, .05, .08, .14),
+                   (.01, .02, .03, .05, .07))},
+    "defocus_blur": {
+        "radius": ((3, 4, 6, 8, 10), (.5, 1, 1.5, 2.5, 3), (.3, .4, .5, 1, 1.5)),
+        "alias": ((.1, .5, .5, .5, .5), (.6, .1, .1, .01, .1), (.4, .5, .6, .2, .1))},
+    "glass_blur": {
+        "sigma": ((.7, .9, 1, 1.1, 1.5), (.1, .5, .6, .7, .9), (.05, .25, .4, .25, .4)),
+        "shift": ((1, 2, 2, 3, 4), (1, 1, 1, 2, 2), (1, 1, 1, 1, 1)),
+        "rounds": ((2, 1, 3, 2, 2), (1, 1, 2, 1, 2), (1, 1, 1, 2, 2))},
+    "motion_blur": {
+        "radius": ((10, 15, 15, 15, 20), (10, 10, 10, 10, 12), (6, 6, 6, 8, 9)),
+        "sigma": ((3, 5, 8, 12, 15), (1, 1.5, 2, 2.5, 3), (1, 1.5, 2, 2, 2.5))},
+    "zoom_blur": {
+        "stop": ((1.11, 1.16, 1.21, 1.26, 1.31), (1.06, 1.11, 1.16, 1.21, 1.26),
+                 (1.06, 1.11, 1.16, 1.21, 1.26)),
+        "step": ((.01, .01, .02, .02, .03), (.01, .01, .01, .01, .01), (.01, .01, .01, .01, .01))},
+    "snow": {
+        "mean": ((.1, .2, .55, .55, .55), (.1, .1, .15, .25, .3), (.1, .1, .15, .25, .3)),
+        "std": ((.3, .3, .3, .3, .3), (.2, .2, .3, .3, .3), (.2, .2, .3, .3, .3)),
+        "zoom": ((3, 2, 4, 4.5, 2.5), (1, 1, 1.75, 2.25, 1.25), (1, 1, 1.75, 2.25, 1.25)),
+        "threshold": ((.5, .5, .9, .85, .85), (.6, .5, .55, .6, .65), (.6, .5, .55, .6, .65)),
+        "radius": ((10, 12, 12, 12, 12), (8, 10, 10, 12, 14), (8, 10, 10, 12, 14)),
+        "sigma": ((4, 4, 8, 8, 12), (3, 4, 4, 6, 12), (3, 4, 4, 6, 12)),
+        "mix": ((.8, .7, .7, .65, .55), (.8, .8, .7, .65, .6), (.95, .9, .9, .85, .8))},
+    "frost": {
+        "image_weight": ((1, .8, .7, .65, .6), (1, .9, .8, .75, .7), (1, 1, .9, .85, .75)),
+        "texture_weight": ((.4, .6, .7, .7, .75), (.3, .4, .45, .5, .55), (.2, .3, .4, .4, .45))},
+    "fog": {
+        "amount": ((1.5, 2, 2.5, 2.5, 3), (.4, .7, 1, 1.5, 2), (.2, .5, .75, 1, 1.5)),
+        "decay": ((2, 2, 1.7, 1.5, 1.4), (3, 3, 2.5, 2, 1.75), (3, 3, 2.5, 2, 1.75))},
+    "brightness": {"amount": ((.1, .2, .3, .4, .5), (.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3))},
+    "contrast": {"factor": ((.4, .3, .2, .1, .05), (.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15))},
+    "elastic_transform": {
+        "alpha": ((488, 488, 12.2, 17.08, 29.28), (0, 3.2, 6.4, 6.4, 10.24),
+                  (0, 1.6, 2.56, 3.2, 3.2)),
+        "sigma": ((170.8, 19.52, 2.44, 2.44, 2.44), (0, 19.2, 5.12, 1.92, 1.92),
+                  (0, 6.4, 1.92, 1.28, .96)),
+        "affine": ((24.4, 48.8, 4.88, 4.88, 4.88), (5.12, 3.84, 3.84, 1.92, 1.28),
+                   (2.56, 2.24, 1.92, 1.6, .96))},
+    "pixelate": {"scale": ((.6, .5, .4, .3, .25), (.9, .8, .7, .6, .5), (.95, .9, .85, .75, .65))},
+    "jpeg_compression": {
+        "quality": ((25, 18, 15, 10, 7), (65, 58, 50, 40, 25), (80, 65, 58, 50, 40))},
+    "speckle_noise": {
+        "sigma": ((.15, .2, .35, .45, .6), (.15, .2, .25, .3, .35), (.06, .1, .12, .16, .2))},
+    "gaussian_blur": {"sigma": ((1, 2, 3, 4, 6), (.5, .75, 1, 1.25, 1.5), (.4, .6, .7, .8, 1))},
+    "saturate": {
+        "factor": ((.3, .1, 2, 5, 20), (.3, .1, 2, 5, 30), (.3, .1, 1.5, 2, 2.5)),
+        "shift": ((0, 0, 0, .1, .2), (0, 0, 0, .1, .2), (0, 0, 0, .1, .2))}}
+VALIDATION = ("speckle_noise", "gaussian_blur", "saturate")  # for tuning: in no mean over the rest
+FIFTEEN = tuple(name for name in PARAMETERS if name not in VALIDATION)
+CHUNK = 8  # images corrupted at a time, so that a large batch needs no more memory
 
-def cost_of_corruptions(args):
-    """Print ms an image of each of the fifteen (fourteen without frost) on one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    images = (torch.rand(8, 3, 28, 28).repeat_interleave(8, 2).repeat_interleave(8, 3) * 255).byte()
-    ms = timed({name: functools.partial(corrupt, images, name, 3, range(8), 0, args.frost)
-                for name in ALEXNET if args.frost or name != "frost"}, images)
-    torch.set_num_threads(threads)
-    ms[f"all {len(ms)}"] = sum(ms.values())
-    show(args, ["corruption, 224 px, severity 3", "ms an image"], [
-        [name, f"{value:.2f}"] for name, value in ms.items()])
+def levels(x):
+    """The grey levels 0 to 255 of x: cut, not rounded, as published."""
+    return (x.clamp(0, 1) * 255 + 1e-4).floor()  # float32 may leave a whole number a little short
+
+def normal(generators, shape):
+    """Standard normal numbers (B, ...), `shape` of them from each generator."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+def uniform(generators, shape, low, high):
+    """Numbers (B, ...) uniform in [low, high), `shape` of them from each generator."""
+    return torch.stack([torch.empty(shape).uniform_(low, high, generator=g) for g in generators])
+
+def gaussian_noise(x, generators, sigma):
+    """Add normal noise of standard deviation sigma."""
+    return x + sigma * normal(generators, x.shape[1:]).to(x)
+
+def shot_noise(x, generators, photons):
+    """Count photons, of which a white pixel receives `photons` on average."""
+    expected = (x * photons).cpu()
+    counts = [torch.poisson(image, generator) for image, generator in zip(expected, generators)]
+    return torch.stack(counts).to(x) / photons
+
+def impulse_noise(x, generators, amount):
+    """Turn the share `amount` of all values into salt (1) or pepper (0)."""
+    chance = uniform(generators, x.shape[1:], 0, 1).to(x)
+    salted = torch.where(chance < amount, 1, x)
+    return torch.where(chance < amount / 2, 0, salted)
+
+def speckle_noise(x, generators, sigma):
+    """Add normal noise of standard deviation sigma times the value."""
+    return x + x * sigma * normal(generators, x.shape[1:]).to(x)
+
+def gaussian_weights(offsets, sigma):
+    """A Gaussian at integer offsets from its peak, with sum 1."""
+    return torch.softmax(-offsets**2 / (2 * sigma**2), 0)
+
+def padded_indices(n, width, mode):
+    """The pixels that a line of n shows when it goes on for `width` px at both ends."""
+    return torch.from_numpy(np.pad(np.arange(n), width, mode))  # F.pad refuses a width over n
+
+def defocus_blur(x, generators, radius, alias):
+    """Blur by a disk of `radius` px, its rim smoothed by a Gaussian of `alias` px."""
+    width = max(8, radius)
+    line = torch.arange(-width, width + 1.0)
+    disk = (line[:, None]**2 + line**2 <= radius**2).float()
+    disk = disk / disk.sum()
+
+    reach = 1
+    if radius > 8:
+        reach = 2
+    weights = gaussian_weights(torch.arange(-reach, reach + 1), alias)
+    disk = F.pad(disk[None, None], (reach,) * 4, mode="reflect")
+    kernel = F.conv2d(disk, torch.outer(weights, weights)[None, None]).to(x)
+
+    indices = padded_indices(x.shape[-1], width, "reflect").to(x.device)
+    x = x[:, :, indices][:, :, :, indices]
+    return F.conv2d(x, kernel.expand(3, 1, -1, -1), groups=3)
+
+def gaussian(x, sigma, truncate=4, mode="edge"):
+    """Blur by a Gaussian of sigma px, cut at truncate * sigma; `mode` names np.pad's borders."""
+    n = x.shape[-1]
+    radius = int(truncate * sigma + 0.5)
+    weights = gaussian_weights(torch.arange(-radius, radius + 1), sigma)
+    # Row i of the matrix holds the weight of each pixel in pixel i of the result: two small
+    # products are faster than a convolution, and borders wider than the image need no care.
+    read = padded_indices(n, radius, mode).unfold(0, 2 * radius + 1, 1)
+    matrix = torch.zeros(n, n).scatter_add_(1, read, weights.expand(n, -1)).to(x)
+    return matrix @ x @ matrix.T
+
+def gaussian_blur(x, generators, sigma):
+    """Blur by a Gaussian of sigma px."""
+    return gaussian(x, sigma)
+
+def glass_blur(x, generators, sigma, shift, rounds):
+    """Blur by sigma px, let pixels copy others up to `shift` px away for `rounds`, blur again."""
+    n = x.shape[-1]
+    x = levels(gaussian(x, sigma)) / 255
+    pixel = torch.arange(n * n, device=x.device).expand(len(x), -1)
+    nearest = torch.minimum(pixel // n, pixel % n)
+    farthest = torch.maximum(pixel // n, pixel % n)
+    inner = (nearest > shift) & (farthest <= n - shift)
+    for _ in range(rounds):
+        moves = [torch.randint(-shift, shift, (2, n * n), generator=g) for g in generators]
+        down, right = torch.stack(moves).to(x.device).unbind(1)
+        target = torch.where(inner, pixel + n * down + right, pixel)
+
+        # As published, a round runs from the last pixel to the first and changes the image in
+        # place: a target further on is a copy already. Such pixels form chains, and looking up
+        # where each lookup leads follows them twice as far every time.
+        copied = inner.gather(1, target) & (target > pixel)
+        end = torch.where(copied, target, pixel)
+        further = end.gather(1, end)
+        while not torch.equal(end, further):
+            end = further
+            further = end.gather(1, end)
+        source = target.gather(1, end)
+        x = x.flatten(2).gather(2, source[:, None].expand(-1, 3, -1)).view_as(x)
+    return gaussian(x, sigma)
+
+def motion_blur(x, generators, radius, sigma, low=-45, high=45):
+    """Smear by half a Gaussian of sigma px, 2 * radius + 1 long, at `low` to `high` degrees."""
+    n = x.shape[-1]
+    taps = 2 * radius + 1
+    weights = gaussian_weights(torch.arange(taps), sigma).tolist()
+    angles = uniform(generators, (), low, high).deg2rad().tolist()
+    padded = F.pad(x, (taps,) * 4, mode="replicate")
+    smeared = torch.zeros_like(x)
+    for image, angle in enumerate(angles):
+        for tap, weight in enumerate(weights):
+            # ImageMagick reads whole pixels along the line, halves rounded down.
+            top = taps + math.ceil(tap * math.sin(angle) - 0.5)
+            left = taps + math.ceil(tap * math.cos(angle) - 0.5)
+            seen = padded[image, :, top:top + n, left:left + n]
+            smeared[image].add_(seen, alpha=weight)
+    return levels(smeared) / 255  # ImageMagick returns 8 bits: snow is lighter without this
+
+def zoomed(x, factor):
+    """The centre of x, magnified by `factor` to the size of x (scipy's zoom of order 1, cut)."""
+    n = x.shape[-1]
+    crop = math.ceil(n / factor)
+    top = (n - crop) // 2
+    size = round(crop * factor)
+    x = x[..., top:top + crop, top:top + crop]
+    x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=True)
+    trim = (size - n) // 2
+    return x[..., trim:trim + n, trim:trim + n]
+
+def zoom_blur(x, generators, stop, step):
+    """Average x with its centre magnified by 1, 1 + step, ... up to `stop`."""
+    factors = np.arange(1, stop, step)  # its float rounding decides on the last, as published
+    total = x.clone()
+    for factor in factors:
+        total += zoomed(x, factor)
+    return total / (len(factors) + 1)
+
+def snow(x, generators, mean, std, zoom, threshold, radius, sigma, mix):
+    """Whiten the image and let flakes fall: noise over `threshold`, magnified and smeared."""
+    n = x.shape[-1]
+    noise = normal(generators, (1, n, n)).to(x)
+    flakes = zoomed(mean + std * noise, zoom)
+    flakes = levels(torch.where(flakes < threshold, 0, flakes)) / 255
+    flakes = motion_blur(flakes, generators, radius, sigma, low=-135, high=-45)
+    grey = v2.functional.rgb_to_grayscale(x)
+    x = mix * x + (1 - mix) * torch.maximum(x, 1.5 * grey + 0.5)
+    return x + flakes + flakes.rot90(2, (2, 3))
+
+def check_frost(folder):
+    """The files frost1 to frost5 of the folder with ImageNet-C's photos, or a Refusal."""
+    files = []
+    for number in range(1, 6):  # as published the sixth photo is never drawn
+        found = sorted(Path(folder).glob(f"frost{number}.*"))
+        if not found:
+            raise Refusal(f"--frost {folder}: has no frost{number}.*; the photos frost1 to frost5 "
+                          "come with ImageNet-C's code")
+        files.append(found[0])
+    return files
+
+@functools.cache
+def frost_photos(folder, n):
+    """The five photos (3, H, W) in [0, 1], at the scale that suits images of n px."""
+    photos = []
+    for file in check_frost(folder):
+        photo = v2.functional.pil_to_tensor(Image.open(file).convert("RGB")) / 255
+        height, width = photo.shape[1:]
+        scale = float(np.interp(n, (32, 64, 224), (0.2, 0.3, 1)))
+        scale = max(scale, n / min(height, width))  # a photo has to cover the image
+        size = (round(height * scale), round(width * scale))
+        photos.append(F.interpolate(photo[None], size=size, mode="bilinear")[0])
+    return photos
+
+def frost(x, generators, image_weight, texture_weight, folder):
+    """Mix the image with a random piece of one of the photos in `folder`, each by its weight."""
+    n = x.shape[-1]
+    photos = frost_photos(folder, n)
+    pieces = []
+    for generator in generators:
+        photo = photos[torch.randint(5, (), generator=generator)]
+        height, width = photo.shape[1:]
+        top = torch.randint(max(height - n, 1), (), generator=generator)
+        left = torch.randint(max(width - n, 1), (), generator=generator)
+        pieces.append(photo[:, top:top + n, left:left + n])
+    return image_weight * x + texture_weight * torch.stack(pieces).to(x)
+
+def jittered(total, amplitude, generators):
+    """The mean of four neighbours, given their sum, and a random step."""
+    step = uniform(generators, total.shape[1:], -amplitude, amplitude)
+    return total / 4 + amplitude * step  # the amplitude enters twice, as published
+
+def plasma(generators, n, decay):
+    """Clouds (B, n, n) in [0, 1]: a diamond-square fractal, rougher with less `decay`."""
+    size = 2
+    while size < n:
+        size *= 2
+    cloud = torch.zeros(len(generators), size, size)
+    step = size
+    amplitude = 100.0
+    while step >= 2:
+        half = step // 2
+        corners = cloud[:, ::step, ::step]
+        pairs = corners + corners.roll(-1, 1)
+        centres = jittered(pairs + pairs.roll(-1, 2), amplitude, generators)
+        above = centres + centres.roll(1, 1) + corners + corners.roll(-1, 2)
+        beside = centres + centres.roll(1, 2) + pairs
+        cloud[:, half::step, half::step] = centres
+        cloud[:, ::step, half::step] = jittered(above, amplitude, generators)
+        cloud[:, half::step, ::step] = jittered(beside, amplitude, generators)
+        step = half
+        amplitude = amplitude / decay
+    cloud = cloud - cloud.amin((1, 2), keepdim=True)
+    cloud = cloud / cloud.amax((1, 2), keepdim=True)
+    return cloud[:, :n, :n]
+
+def fog(x, generators, amount, decay):
+    """Add `amount` times a cloud, then darken until no value is above the largest of before."""
+    peak = x.amax((1, 2, 3), keepdim=True)
+    cloud = plasma(generators, x.shape[-1], decay)[:, None].to(x)
+    return (x + amount * cloud) * peak / (peak + amount)
+
+def brightness(x, generators, amount):
+    """Raise the HSV value, the largest channel, by `amount`; hue and saturation stay."""
+    value = x.amax(1, keepdim=True)
+    colour = torch.where(value > 0, x / value.clamp_min(1e-8), 1)
+    return colour * (value + amount).clamp_max(1)
+
+def saturate(x, generators, factor, shift):
+    """Set HSV saturation s to s * factor + shift; hue and value stay."""
+    value = x.amax(1, keepdim=True)
+    saturation = (value - x.amin(1, keepdim=True)) / value.clamp_min(1e-8)
+    # How far each channel lies below the value at full saturation. Grey has hue 0, red.
+    below_red = torch.tensor([0.0, 1.0, 1.0]).to(x)[:, None, None] * value
+    below = (value - x) / saturation.clamp_min(1e-8)
+    below = torch.where(saturation < 1e-8, below_red, below)
+    return value - below * (saturation * factor + shift).clamp(0, 1)
+
+def contrast(x, generators, factor):
+    """Scale the distance from the mean of each channel by `factor`."""
+    mean = x.mean((2, 3), keepdim=True)
+    return (x - mean) * factor + mean
+
+def elastic_transform(x, generators, alpha, sigma, affine):
+    """Move three points by up to `affine` px and the rest along, then each pixel on its own by
+    alpha times uniform noise that is smoothed over sigma px."""
+    n = x.shape[-1]
+    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+    points = (signs * (n // 3) + n // 2).to(x)
+    moved = points + uniform(generators, (3, 2), -affine, affine).to(x)
+    back = torch.linalg.solve(F.pad(moved, (0, 1), value=1), points.expand_as(moved))
+    line = torch.arange(n, device=x.device)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).to(x)
+    source = F.pad(grid, (0, 1), value=1) @ back[:, None]
+    # Borders mirror about the centre of the last pixel here, and about its outer edge below.
+    source = 2 * source / max(n - 1, 1) - 1
+    x = F.grid_sample(x, source, padding_mode="reflection", align_corners=True)
+    if alpha == 0:
+        return x
+    noise = uniform(generators, (2, n, n), -1, 1).to(x)
+    noise = gaussian(noise, sigma, truncate=3, mode="symmetric")
+    source = grid + alpha * noise.permute(0, 2, 3, 1)
+    source = (2 * source + 1) / n - 1
+    return F.grid_sample(x, source, padding_mode="reflection", align_corners=False)
+
+def pixelate(x, generators, scale):
+    """Shrink to `scale` times the size and enlarge again, by Pillow's box filter."""
+    n = x.shape[-1]
+    few = max(int(n * scale), 1)
+    coarse = []
+    for pixels in (x * 255).round().byte().cpu():
+        image = v2.functional.to_pil_image(pixels)
+        image = image.resize((few, few), Image.BOX).resize((n, n), Image.BOX)
+        coarse.append(v2.functional.pil_to_tensor(image))
+    return torch.stack(coarse).to(x) / 255
+
+def jpeg(images, quality):
+    """Encode images (uint8) as JPEG of this quality and decode them again."""
+    decoded = []
+    for image in images.cpu():
+        file = io.BytesIO()
+        v2.functional.to_pil_image(image).save(file, "JPEG", quality=quality)
+        decoded.append(v2.functional.pil_to_tensor(Image.open(file)))
+    return torch.stack(decoded).to(images.device)
+
+def jpeg_compression(x, generators, quality):
+    """Encode as JPEG of this quality and decode again."""
+    return jpeg((x * 255).round().byte(), quality) / 255
+
+CORRUPTIONS = {
+    "gaussian_noise": gaussian_noise, "shot_noise": shot_noise, "impulse_noise": impulse_noise,
+    "defocus_blur": defocus_blur, "glass_blur": glass_blur, "motion_blur": motion_blur,
+    "zoom_blur": zoom_blur, "snow": snow, "frost": frost, "fog": fog, "brightness": brightness,
+    "contrast": contrast, "elastic_transform": elastic_transform, "pixelate": pixelate,
+    "jpeg_compression": jpeg_compression, "speckle_noise": speckle_noise,
+    "gaussian_blur": gaussian_blur, "saturate": saturate}
+
+def corrupt(images, name, severity, indices, seed=0, frost=None):
+    """Corrupt images (B, 3, n, n) of uint8 by name, at severity 1 to 5; `frost` is the folder of
+    photos. Each image has a generator of (seed, its index, name, severity): its batch is no matter.
+    """
+    height, width = images.shape[2:]
+    if height != width:
+        raise Refusal(f"corruptions take square images, not {width} x {height} px")
+    nearest = 0  # the parameters for 224, 64 or 32 px
+    if width < 48:
+        nearest = 2
+    elif width < 144:
+        nearest = 1
+    values = {key: rows[nearest][severity - 1] for key, rows in PARAMETERS[name].items()}
+    if name == "frost":
+        values["folder"] = frost
+    number = list(CORRUPTIONS).index(name)
+    generators = []
+    for index in indices:
+        key = np.random.SeedSequence((seed, int(index), number, severity)).generate_state(1)[0]
+        generators.append(torch.Generator().manual_seed(int(key)))
+
+    corrupted = torch.empty_like(images)
+    for start in range(0, len(images), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        x = CORRUPTIONS[name](images[chunk].float() / 255, generators[chunk], **values)
+        corrupted[chunk] = levels(x).byte()
+    return corrupted
+
+def jpeg_85(images):
+    """Images (uint8) after JPEG of quality 85, in which the published test sets were saved."""
+    return jpeg(images, 85)
 
 # --- main -----------------------------------------------------------------------------------------
+
+DEMO = ("speckle_noise", "gaussian_blur", "saturate", "impulse_noise", "defocus_blur",
+        "jpeg_compression")
+
+def parse(arguments):
+    """The settings; raises Refusal."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    add = parser.add_argument
+    add("--data", nargs="+", default=[], help="folders of test images")
+    add("--model", nargs="+", default=["robust.pt"], help="plug-ins, networks, or names of these")
+    add("--pretrained", default="", help="for names, as in robustify.py")
+    add("--probe", help="DIR: classifier of bare towers by a linear probe, fitted on DIR/train")
+    add("--templates", help="of class names: openai, simple, or text with {}; default: openai, or "
+        "what a plug-in was tuned with")
+    add("--alpha", nargs="+", type=float, help="a column for each interpolation with the original "
+        "(WiSE-FT): 0 is the original, 1 the plug-in")
+    add("--rule", nargs="+", choices=("kl-u", "u", "kl", "confidence"), help="a column for each")
+    add("--passes", nargs="+", type=int, help="a column for each K")
+    add("--average", action="store_true", help="a column for the mean of all models' answers")
+    add("--corrupt", nargs="*", metavar="NAME", choices=CORRUPTIONS, help="corrupt the images "
+        "too: the fifteen, or those named; for tuning " + ", ".join(VALIDATION))
+    add("--severity", nargs="+", type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5],
+        metavar="1..5")
+    add("--frost", help="folder of ImageNet-C's frost photos; without it fourteen corruptions")
+    add("--jpeg", action="store_true", help="after corrupting, JPEG of quality 85 as published")
+    add("--transfer", nargs="+", default=[], help="folders with train/ and val/ for linear probes")
+    add("--cost", action="store_true", help="GMACs and milliseconds of every recipe")
+    add("--plot", help="picture of accuracy against severity (needs matplotlib)")
+    add("--json", help="write everything that was measured to this file")
+    add("--batch-size", type=int, default=256)
+    add("--workers", type=int, default=Config().workers)
+    add("--seed", type=int, default=0, help="of corruptions made here")
+    add("--device", choices=("cuda", "cpu"), default=Config().device)
+    args = parser.parse_args(arguments)
+    if not arguments:
+        args.data = ["demo/val"]
+        args.model = ["demo/teacher.pt", "demo/apt.pt", "demo/three-heads.pt"]
+        args.corrupt = list(DEMO)
+        args.severity = [3, 5]
+        if not Path(args.model[-1]).is_file():
+            raise Refusal(f"{args.model[-1]}: no such file; make it with: python robustify.py")
+    if args.corrupt == []:
+        args.corrupt = [name for name in FIFTEEN if args.frost or name != "frost"]
+    args.corrupt = args.corrupt or []
+    args.tables = []
+    return args
+
+def check(args):
+    """Raises Refusal where the settings cannot be."""
+    if not (args.data or args.transfer or args.cost):
+        raise Refusal("give --data, --transfer or --cost, or no argument for the demo's results")
+    if args.batch_size < 1 or min(args.workers, args.seed) < 0:
+        raise Refusal("--batch-size: from 1; --workers and --seed: from 0")
+    if min(args.passes or [1]) < 1 or not all(0 <= alpha <= 1 for alpha in args.alpha or []):
+        raise Refusal("--passes: from 1; --alpha: from 0 to 1")
+    if args.templates and args.templates not in TEMPLATES and args.templates.count("{}") != 1:
+        raise Refusal("--templates: openai, simple, or a string with {} for the class name")
+    if "frost" in args.corrupt and not args.frost:
+        raise Refusal("--corrupt frost: needs --frost, the folder of its photos")
+    if args.frost:
+        check_frost(args.frost)
+    for file in (args.json, args.plot):
+        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+            raise Refusal(f"{file}: not a file in a folder that is there")
+    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise Refusal("--plot: a file that ends in .png, .pdf or .svg")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise Refusal("--plot: needs matplotlib; pip install matplotlib")
+
+def run(arguments):
+    """Parse, measure, print. Raises Refusal; what can be refused is, before an image is read."""
+    args = parse(arguments)
+    check(args)
+    join_processes(args.device)
+    folders = []
+    for path, name in zip(args.data, short_names("--data", args.data)):
+        folders.append(read_folder(path, name, args))
+    folders.sort(key=lambda folder: not folder.held_out)  # relative mCE needs the clean set
+    if args.plot and not any(folder.averaged for folder in folders):
+        raise Refusal("--plot: needs corrupted images; see --corrupt")
+    for path in args.transfer:
+        transfer_sets(path)
+    columns = load_columns(args)
+    for folder, column in itertools.product(folders, columns):
+        class_outputs(folder, column)
+    if args.cost and not any(column.path for column in columns):
+        raise Refusal("--cost: needs a plug-in of robustify.py among --model")
+    with redirect_stdout(None if RANK else sys.stdout):  # one process prints
+        evaluate(folders, columns, args)
+
+def evaluate(folders, columns, args):
+    """Measure and print what the command line asks for. Whatever ends it early, what was finished
+    is printed and written, marked as partial."""
+    partial = True
+    try:
+        costed = {column.path: column.model.config for column in columns if column.path}
+        for path, config in costed.items() if args.cost else []:
+            cost(path, config, args)
+        for column in columns:
+            if column.probed:
+                fit_probe(column, args)
+        for folder in folders:
+            measure_and_report(folder, folders, columns, args)
+        for path in args.transfer:
+            transfer(path, columns, args)
+        partial = False
+    finally:
+        if partial:
+            print("\nnot finished: the tables and --json hold what was")
+        average_of_shifts(folders, columns, args)
+        if args.average:
+            print("\naverage: the mean of all models' answers, at the cost of all of them")
+        if args.json and not RANK:
+            write_json(folders, columns, args, partial)
+        if args.plot and not RANK:
+            plot(folders, columns, args)
+    if args.data == ["demo/val"]:
+        print("\nWhat to see: how far APT and three heads stand above the original under "
+              "corruption,\nand how much more often Eq. 6 chooses the clean head on val.")
+
+def measure_and_report(folder, folders, columns, args):
+    """Print what a folder is, and its tables, also where measuring it ends early."""
+    made = any(test_set.made for test_set in folder.sets)
+    print(f"\n{folder.name}: {len(folder.sets[0].samples)} images, {len(folder.classes)} classes")
+    if made:
+        print("corruptions made here" + ", then JPEG of quality 85" * args.jpeg)
+    if made and set(folder.averaged) == set(FIFTEEN) - {"frost"}:
+        print("no frost photos (--frost): fourteen corruptions, no mCE")
+    if folder.missing:
+        print("missing:", ", ".join(f"{name} {severity}" for name, severity in folder.missing))
+    try:
+        for result in measure(folder, columns, args):
+            folder.results.append(result)
+    finally:
+        if folder.results:
+            report(folder, folders, columns, args)
 
 def main(arguments=None):
     """The command line; returns the exit code."""
     try:
         return robustify.main(arguments, run)
-    except KeyboardInterrupt:  # while nothing was measured yet
-        return 130
-
-def parse(arguments):
-    """The settings: those of Config, and these. Raises Refusal."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    parser.set_defaults(**asdict(Config()))
-    add = parser.add_argument
-    add("--data", nargs="+", default=[], help="folders of test images")
-    add("--model", nargs="+", default=["robust.pt"], help="plug-ins, networks, or names of these")
-    add("--pretrained", help="for names, as in robustify.py")
-    add("--probe", help="DIR: classifier of names by a linear probe, fitted on DIR/train")
-    add("--templates", default="openai", help="of new class names: openai, simple, or text with {}")
-    add("--corrupt", nargs="*", metavar="NAME", choices=CORRUPTIONS, help="corrupt the images too: "
-        "the fifteen, or those named; for tuning speckle_noise gaussian_blur saturate")
-    add("--severity", nargs="+", type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5],
-        dest="severities", metavar="1..5")
-    add("--frost", help="folder of ImageNet-C's frost photos; without it fourteen corruptions")
-    add("--jpeg", action="store_true", help="after corrupting, JPEG of quality 85 as published")
-    add("--corrupt-to", help="write the corrupted images into this folder, and measure nothing")
-    add("--transfer", nargs="+", default=[], help="folders with train/ and val/ for linear probes")
-    add("--cost", action="store_true", help="GMACs, parameters, milliseconds")
-    add("--plot", help="picture of accuracy against severity (needs matplotlib)")
-    add("--json", help="write everything that was measured to this file")
-    add("--batch-size", type=int)
-    add("--workers", type=int)
-    add("--seed", type=int)
-    add("--device", choices=("cuda", "cpu"))
-    args = parser.parse_args(arguments)
-    if not arguments:
-        args.data, args.model = ["demo/val"], [f"demo/{n}.pt" for n in ("teacher", "apt", "ours")]
-        args.corrupt, args.severities = DEMO, [3, 5]
-        if not Path("demo/ours.pt").is_file():
-            raise Refusal("demo/ours.pt: no such file; make it with: python robustify.py")
-    if args.corrupt == [] or args.corrupt_to and not args.corrupt:
-        args.corrupt = [c for c in ALEXNET if args.frost or c != "frost"]
-    return args
-
-def check(args):
-    """Raises Refusal where the settings cannot be."""
-    for wrong, message in (
-            (args.batch_size < 1 or min(args.workers, args.seed) < 0,
-             "--batch-size: from 1; --workers and --seed: from 0"),
-            (not args.frost and "frost" in (args.corrupt or []), "--corrupt frost: needs --frost"),
-            (not all(Path(file).parent.is_dir() for file in (args.json, args.plot) if file),
-             "--json and --plot: make the folder of the file first"),
-            (not re.fullmatch(r"openai|simple|[^{}]*{}[^{}]*", args.templates),
-             "--templates: openai, simple, or a string with {} for the class name"),
-            (len(set(map(column, args.model))) < len(args.model),
-             "--model: two files have the same name; the tables could not tell them apart"),
-            (args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"),
-             "--plot: a file that ends in .png, .pdf or .svg"),
-            (args.plot and not importlib.util.find_spec("matplotlib"),
-             "--plot: needs matplotlib; pip install matplotlib"),
-            (not (args.data or args.transfer or args.cost),
-             "give --data, --transfer or --cost, or no argument for the demo's results")):
-        if wrong:
-            raise Refusal(message)
-
-def run(arguments):
-    """Parse, measure, print; raises Refusal. What can be refused is, before anything is built."""
-    args = parse(arguments)
-    check(args)
-    args.tables = []
-    folders = [shifts(folder, args.corrupt or [], args.severities) for folder in args.data]
-    for folder in args.transfer:
-        transfer_sets(folder)
-    if args.probe:
-        image_folder(existing(args.probe, "train"))
-    if args.frost:
-        frost_photos(args.frost, 1)
-    if args.corrupt_to:
-        write_folders(folders, args)
-        return
-    join_processes(args.device)
-    with redirect_stdout(None if RANK else sys.stdout):  # one process prints
-        evaluate(folders, args)
-
-def write_folders(folders, args):
-    """Do what --corrupt-to asks for."""
-    for folder in folders:
-        if not folder[-1][-1].made:
-            raise Refusal(f"--corrupt-to: {folder[0][0].name} is corrupted already")
-    for folder in folders:
-        describe(folder, args)
-        write_corrupted(folder[-1], args)
-
-def describe(folder, args):
-    """Print what is to be measured: the counts of a folder, and where its corruptions come from."""
-    first, made = folder[0][0], folder[-1][-1].made
-    how = ", corrupted here" + ", JPEG 85" * args.jpeg if made else ""
-    print(f"{first.name}: {len(first.samples)} images, {len(first.classes)} classes, "
-          f"{sum(map(len, folder))} sets{how}", flush=True)
-    if made and set(args.corrupt) == set(ALEXNET) - {"frost"}:
-        print("no frost photos (see --frost): fourteen corruptions, no mCE")
-
-def evaluate(folders, args):
-    """Measure and print what the command line asks for."""
-    models = [load_model(name, args) for name in args.model]
-    for folder in folders:
-        first = folder[0][0]  # clean is what a model was made for: new classes are a shift, Table 2
-        first.clean &= any(set(first.classes) <= set(model.own) for model in models)
-        for model in (m for m in models if not m.zero_shot):
-            meet(model, first, args)
-    everything, cut, costs = [], False, {}
-    try:
-        for model in models if args.cost else []:
-            if model.heads:
-                costs[model.name] = cost(model, args)[model.config.recipe]
-        if args.cost:
-            cost_of_corruptions(args)
-        cut = measure_folders(models, folders, everything, args)
-        average_of_shifts(models, everything, args)
-        for folder in [] if cut else args.transfer:
-            transfer(models, folder, args)
     except KeyboardInterrupt:
-        cut = True
-    if cut:
-        print("\nstopped by Ctrl-C: partial, the tables hold what was finished")
-    if args.json and not RANK:
-        write_json(models, everything, args, cut)
-    if args.plot and not RANK and any(averaged(found).any() for found in everything):
-        plot(args.plot, models, everything, costs)
-    if args.data == ["demo/val"]:
-        print("\nWhat to see: the teacher breaks least under corruption; ours carries some of that "
-              "into the student,\nand chooses the clean head more often where images are clean.")
-    if cut:
-        sys.exit(130)
-
-def measure_folders(models, folders, everything, args):
-    """Measure and report folder by folder, clean ones first; extends `everything` by what is found
-    and returns whether Ctrl-C cut it short."""
-    clean = {}
-    for folder in sorted(folders, key=lambda folder: not folder[0][0].clean):
-        describe(folder, args)
-        found, cut = measure(models, folder, args)
-        if found:
-            everything.append(found)
-            (first, row), classes = found[0], tuple(found[0][0].classes)
-            if first.clean:
-                clean[classes] = row
-            report(models, found, clean.get(classes) if first.corruption else row, cut, args)
-        if cut:
-            return True
-    return False
-
-def write_json(models, everything, args, cut):
-    """Write everything that was measured to --json, with what is needed to repeat it."""
-    sets = []
-    for shift, row in sum(everything, []):
-        accuracy = {m.name: {} for m in models}
-        for (model, predictor), correct in row.items():
-            accuracy[model][predictor] = float(correct.mean())
-        sets.append({"name": shift.name, "n": len(correct), "of": len(shift.samples), "classes":
-                     len(shift.classes), "corrupted_here": shift.made, "accuracy": accuracy})
-    versions = {m.__name__: m.__version__ for m in (torch, torchvision, open_clip, timm)}
-    transform = "published corruptions and square images below 224 px: as they are; corrupted " \
-        "here: Resize 256, CenterCrop 224; else for the largest model's size, Resize 256/224 of " \
-        "it (above 64 px), CenterCrop; then each model resizes to its own"
-    training = set(asdict(Config())) - {"data", "pretrained", "batch_size", "workers", "seed"}
-    own = {k: v for k, v in vars(args).items() if k not in training | {"tables"} or k == "device"}
-    Path(args.json).write_text(json.dumps(
-        {"sets": sets, "tables": args.tables, "partial": cut, "seed": args.seed, "arguments": own,
-         "models": {m.name: {"size": m.size} | (asdict(m.config) if m.heads else {})
-                    for m in models}, "transform": transform,
-         "versions": {"python": sys.version.split()[0], **versions}}, indent=1, default=float))
+        return 130
 
 if __name__ == "__main__":
     sys.exit(main())

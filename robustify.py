@@ -1,35 +1,50 @@
 """Efficiently Robustify Pre-Trained Models (Jain, Behl, Rawat, Vineet; ICCV 2023), in one file.
 
-A large pre-trained student keeps its backbone frozen; only its last fifth is tuned. The tuned part
-ends in three heads: clean, combined and unclean. On clean examples a frozen copy of the original
-student teaches the clean and the combined head; on augmented examples a small robust network
-teaches the unclean and the combined head. At test time MC dropout gives each head a predictive
-distribution, and uncertainty times KL divergence to the combined head chooses clean or unclean.
+A network is robust where it stays accurate on images that differ from its training images in noise,
+blur, weather, style or camera. Fine-tuning all of a large network on augmented images buys that at
+the cost of the whole backward pass, and the network forgets what pre-training taught it. Here the
+large network (the student) stays frozen but for its last fifth of parameters, which is tuned under
+three heads. A frozen copy of the original student teaches the clean and the combined head on clean
+examples; a small robust network (the teacher) teaches the unclean and the combined head on
+augmented ones. At test time MC dropout tells how uncertain each head is, and uncertainty times KL
+divergence to the combined head chooses between the clean and the unclean head.
 
     python robustify.py                                              # the demo, into demo/
     python robustify.py --make-teacher vit_b_16 --data imagenet/ --out vit_b16.pt
     python robustify.py --student ViT-L-14 --teacher vit_b16.pt      # writes robust.pt
+    torchrun --nproc-per-node 8 robustify.py --student ViT-L-14 --teacher vit_b16.pt
 
-    paper             here                                     shape or value
-    M_b, M_s, M_h     backbone, shared, heads[...]             modules; split() says where to cut
-    M (original)      backbone, then original                  frozen
-    M_t               teacher                                  a whole small Network, frozen
-    c, m, u           "clean", "combined", "unclean"           HEADS
-    x, y              pixels, labels                           (B, 3, H, W) in [0, 1], (B,)
-    D^a, beta         Views, is_clean                          beta = 1 where is_clean (B,)
-    L_c, L_d          cross_entropy, distillation              Eqs. 3-5: generalized_distillation
-    phi, U_mc         phi, uncertainty                         (B, C), (B,); mc_dropout, K passes
-    h_f               select_head                              Eq. 6, (B,) index into HEADS
-    P(theta | ...)    fit                                      Eq. 2: the training loop
+    paper              where       here                              shape or value
+    M = M_h M_s M_b    Eq. 1       backbone, shared, heads[name]     RobustStudent; assemble cuts
+    M, the original    Sec. 4.3.1  backbone, then original           frozen
+    M_t                Sec. 4.2    teacher                           a small Network, frozen
+    D^a                Sec. 4.3    TrainingViews                     pixels (B, 3, H, W) in [0, 1]
+    c, m, u            Sec. 4.3.1  "clean", "combined", "unclean"    HEADS
+    L_c, L_d           Sec. 4.3.1  cross_entropy, distillation       (B,), a value for each example
+    L_clean, L_aug, L  Eqs. 3-5    student_loss                      beta (B,), 1 where is_clean
+    P(theta | ...)     Eq. 2       fit                               the training loop
+    phi, U_mc, K       Sec. 4.3.2  phi, uncertainty, passes          (B, C), (B,); mc_dropout
+    h_f                Eq. 6       select_head                       (B,) index into HEADS
+    phi_v, phi_text    Sec. 4.4    CosineClassifier                  (B, D) -> (B, C)
+
+Trailing comments give shapes: B images, C classes, K passes, D features. "Not in the paper" marks
+each decision that is ours; "Where we decide" in the README says why.
+
+[6] Gal, Ghahramani: Dropout as a Bayesian approximation. [10] Hendrycks et al.: The many faces of
+robustness (DeepAugment, Noise2Net). [12] Hendrycks et al.: AugMix. [15] Hinton, Vinyals, Dean:
+Distilling the knowledge in a neural network. [33] Wortsman et al.: Robust fine-tuning of zero-shot
+models (WiSE-FT).
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import inspect
 import io
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -53,16 +68,18 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 HEADS = ("clean", "combined", "unclean")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RANK = int(os.environ.get("RANK", 0))  # of this process; torchrun sets both
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 class Refusal(Exception):
     """Something the user can mend; `main` prints it as one line and exits with code 2."""
 
 @dataclass
 class Config:
-    """Every setting, one flag each. The defaults are the recipe; "ours": our own choice, where the
-    paper is silent."""
+    """Every setting, one flag each; the defaults are the recipe."""
+
     student: str = ""  # network to robustify: open_clip, timm, torchvision NAME, NAME:FILE, or .pt
     teacher: str = ""  # Sec. 4.2: small robust network, named likewise
     make_teacher: str = ""  # Sec. 4.2: train this network whole on D^a instead, and save it
@@ -70,230 +87,331 @@ class Config:
     out: str = ""  # file to write; default robust.pt, or teacher.pt with --make-teacher
     pretrained: str = ""  # TAG, FILE or none; default: openai for open_clip, else the library's own
     image_size: int = 0  # input size in pixels; 0: the network's own
-    model_args: dict = None  # JSON, keyword arguments for the network's constructor
+    model_args: dict = None  # JSON, keyword arguments that shape the network: '{"depth": 6}'
+    recipe: str = "three-heads"  # a row of RECIPES: the method, or a baseline of Sec. 5
     fraction: float = 0.20  # Table 5: tuned share of the image tower, counted with one head
-    head_blocks: int = 1  # Sec. 4.1: last blocks that belong to each head (number ours)
+    head_blocks: int = 1  # Sec. 4.1: last blocks that belong to each head; number not in the paper
     zero_shot: bool = False  # Sec. 4.4: the text embeddings stay the classifier
-    recipe: str = "ours"  # a row of RECIPES: ours, or a baseline of Sec. 5
-    augment: Literal["augmix", "augmix+deepaugment", "none"] = "augmix+deepaugment"  # Sec. 4.2: D^a
-    extra_data: tuple = ()  # more folders of augmented images, such as DeepAugment's
+    augment: Literal["augmix", "augmix+deepaugment", "none"] = "augmix+deepaugment"  # Sec. 4.2
     severity: int = 2  # AugMix on torchvision's scale: 2 = published 1 (ImageNet), 4 = 3 (CIFAR)
-    jsd: float = 12.0  # AugMix: weight of Jensen-Shannon in --make-teacher; 0: plain cross-entropy
-    temperature: float = 2.0  # ours: T of the distillation loss
-    distill_weight: float = 1.0  # ours: weight of L_d beside L_c
-    dropout: float = 0.1  # Sec. 4.3.2: rate before each classifier (rate ours)
-    block_dropout: float = 0.05  # Sec. 4.3.2: rate on the branch of each tuned block (rate ours)
-    passes: int = 10  # Sec. 4.3.2: MC dropout passes K (number ours)
+    jsd: float = 12.0  # [12]: weight of Jensen-Shannon in --make-teacher; 0: plain cross-entropy
+    temperature: float = 2.0  # T of the distillation loss; not in the paper
+    distill_weight: float = 1.0  # weight of L_d beside L_c; not in the paper
+    dropout: float = 0.1  # Sec. 4.3.2: rate before each classifier; rate not in the paper
+    block_dropout: float = 0.05  # Sec. 4.3.2: rate in tuned blocks; rate not in the paper
+    passes: int = 10  # Sec. 4.3.2: MC dropout passes K; number not in the paper
     rule: Literal["kl-u", "u", "kl", "confidence"] = "kl-u"  # Eq. 6; the others are ablations
-    mc: Literal["head", "tuned"] = "head"  # K passes through the classifier; ablation: tuned blocks
-    tune_batch_norm: bool = False  # ablation: update batch-norm statistics of the tuned part
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # ours; sgd has momentum 0.9
-    lr: float = 1e-4  # ours: peak learning rate, after warm-up, before cosine decay
-    weight_decay: float = 1e-4  # ours
-    epochs: int = 10  # ours
-    batch_size: int = 256  # ours: images a step, over all processes
+    lr: float = 3e-5  # peak of the schedule; this and the next four as in [33], not in the paper
+    weight_decay: float = 0.1  # AdamW's, of matrices
+    warmup: int = 500  # steps to the peak, at most a fifth of all; then cosine decay
+    epochs: int = 10
+    batch_size: int = 512  # images a step, over all processes
     limit: int = 0  # use so many training images, drawn by the seed; 0: all
-    seed: int = 0  # of weights, order, views and dropout masks
+    seed: int = 0  # of new weights, order, views and dropout masks
     workers: int = min(8, os.cpu_count() or 1)  # data loading processes, for each process
-    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    resume: bool = False  # go on from the state that an interrupted run left beside --out
+    save_every: int = 0  # steps between such states; 0: after each epoch
 
-# --- The student: M = M_h . M_s . M_b (Eq. 1) with three heads (Sec. 4.1, Fig. 4) -----------------
+    def __post_init__(self):
+        check_settings(self)
+
+# --- The student: M = M_h . M_s . M_b (Eq. 1) under three heads (Sec. 4.1, Figure 4) --------------
 
 class BranchDropout(nn.Module):
-    """Dropout on what a block adds to its input; a block that changes the shape gets none. (On the
-    whole residual stream even p = 0.1 is noise of a third of the signal.)"""
+    """A residual block with dropout, while training, on what it adds to its input. (The networks'
+    own dropout does not serve: open_clip's towers have none, timm's fused attention reads another
+    switch. Dropping values of the sum itself at p = 0.1 would be noise of a third of the signal. A
+    block that changes the shape adds to nothing, and gets none. The place is not in the paper.)"""
 
-    def __init__(self, block, p):
+    def __init__(self, block):
         super().__init__()
-        self.block, self.dropout = block, nn.Dropout(p)
+        self.block = block
+        self.dropout = nn.Dropout(0.0)  # RobustStudent sets the rate
 
     def forward(self, x):
         y = self.block(x)
-        return x + self.dropout(y - x) if self.dropout.training and y.shape == x.shape else y
+        if isinstance(self.block, ClassTokenBlock):
+            x = x[:, :1]
+        if not self.training or y.shape != x.shape:
+            return y
+        return x + self.dropout(y - x)
 
 class CosineClassifier(nn.Module):
-    """scale * normalize(f) . normalize(W), (..., D) -> (..., C): Sec. 4.4's dot product. W (C, D)
-    starts as text embeddings: a parameter in visual evaluation, a buffer in zero-shot mode."""
+    """scale * normalize(f) . normalize(W), (..., D) -> (..., C): the dot product of Sec. 4.4. W
+    (C, D) starts at the text embeddings. Visual evaluation (VE) trains it, zero-shot mode (ZS) does
+    not."""
 
     def __init__(self, weight, scale, trained):
         super().__init__()
-        self.weight = (nn.Parameter if trained else nn.Buffer)(weight.clone())
-        self.scale = nn.Buffer(torch.as_tensor(scale))
+        kind = nn.Parameter if trained else nn.Buffer
+        self.weight = kind(F.normalize(weight.float(), dim=-1))
+        self.scale = nn.Buffer(torch.as_tensor(scale, dtype=torch.float32))
 
     def forward(self, features):
-        with torch.autocast(features.device.type, enabled=False):  # bf16 logits of 30 err by 0.1
+        # In bfloat16, at CLIP's scale of 100, the logits would be wrong by 0.1.
+        with torch.autocast(features.device.type, enabled=False):
             features = F.normalize(features.float(), dim=-1)
-            return self.scale * features @ F.normalize(self.weight, dim=-1).T
+            return self.scale * features @ F.normalize(self.weight.float(), dim=-1).T
 
-def layers(module):
-    """The children of an nn.Sequential, or the module itself, as a list."""
-    return list(module) if isinstance(module, nn.Sequential) else [module]
+    @torch.no_grad()
+    def renormalise(self):
+        """Rows back to length 1: forward ignores it, but a short row has a large gradient."""
+        self.weight.copy_(F.normalize(self.weight, dim=-1))
 
 class Head(nn.Module):
-    """M_h: last blocks, pooling, norm, projection; then dropout and the classifier. h -> (B, C)."""
+    """M_h: last blocks, pooling, norm and projection; then dropout and the classifier."""
 
-    def __init__(self, head, config):
+    def __init__(self, head, dropout):
         super().__init__()
-        *body, self.classifier = layers(copy.deepcopy(head))
-        self.body = nn.Sequential(*(BranchDropout(block, config.block_dropout) for block in body))
-        self.dropout = nn.Dropout(config.dropout)
+        layers = list(head) if isinstance(head, nn.Sequential) else [head]
+        self.body = nn.Sequential(*layers[:-1])
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = layers[-1]
+
+    def features(self, h):
+        """h, what M_s gives -> (B, D), what the classifier sees."""
+        return self.body(h)
 
     def forward(self, h):
-        return self.classifier(self.dropout(self.body(h)))
+        return self.classifier(self.dropout(self.features(h)))
 
 class Prediction(NamedTuple):
-    """What `predict` returns; head and uncertainty are None where there are no heads."""
+    """What `RobustStudent.predict` returns."""
+
     probabilities: torch.Tensor  # (B, C), phi of the chosen head
     head: torch.Tensor           # (B,), index into HEADS
-    uncertainty: torch.Tensor    # (B,), U_mc of the chosen head, a standard deviation
-    everyone: dict               # {name: (B, C)}: each head's phi, "selected", maybe "original"
+    uncertainty: torch.Tensor    # (B,), U_mc of the chosen head, a standard deviation in [0, 0.5]
+    phi: dict                    # {head name: (B, C)}
 
 class RobustStudent(nn.Module):
-    """The student of Fig. 4: backbone frozen in place, shared section and heads tuned copies.
-    backbone: pixels -> activations z. shared: z -> h, a Sequential of blocks. head: h -> logits
-    (B, C), a Sequential of blocks, pooling to one vector (B, D) and the classifier, with `.weight`
-    (C, D); a bare classifier makes linear heads. `original` keeps M, the teacher of clean examples.
-    Each child of shared and head counts as a block: BranchDropout acts on what it adds.
+    """The student of Figure 4: M_b frozen, M_s and the heads tuned copies, the original M beside.
+
+    backbone: pixels (B, 3, H, W) in [0, 1] -> activations z. shared: z -> h, an nn.Sequential,
+    maybe empty. head: h -> logits (B, C), an nn.Sequential that ends with the classifier, which
+    has a `weight` (C, D), or the classifier alone. Any network serves that can be written as three
+    such modules; BranchDropout around a residual block of yours gives it dropout.
+
+    >>> block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    >>> backbone = nn.Conv2d(3, 8, 3, stride=2)
+    >>> head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    >>> student = RobustStudent(backbone, nn.Sequential(block), head, Config(epochs=1))
+    >>> teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))  # yours is a robust one
+    >>> pixels, labels = torch.rand(6, 3, 32, 32), torch.arange(6) % 4
+    >>> is_clean = torch.arange(6) < 3
+    >>> loss = student_loss(student.train(), teacher, pixels, labels, is_clean)
+    >>> student.eval().predict(pixels).probabilities.shape
+    torch.Size([6, 4])
+
+    `fit` trains it, `save` writes it, `load(file, backbone, shared, head)` reads it.
     """
+
+    # What a Network tells of itself (see there); three modules tell nothing.
+    size = class_names = class_token = text_embeddings = source = None
+    trains_statistics = False  # of batch norm
 
     def __init__(self, backbone, shared, head, config=None):
         super().__init__()
-        self.config = config = config or Config()
-        self.backbone, self.origin = backbone.requires_grad_(False), {}
-        self.original = copy.deepcopy(nn.Sequential(shared, head)).requires_grad_(False)
-        blocks = (BranchDropout(b, config.block_dropout) for b in layers(copy.deepcopy(shared)))
-        heads = {name: Head(head, config) for name in RECIPES[config.recipe]}
-        self.shared = nn.Sequential(*blocks).requires_grad_(True)
-        self.heads = nn.ModuleDict(heads).requires_grad_(True)
-        # Drawn once and shared by all images, so that a prediction depends on its image alone.
-        generator = torch.Generator().manual_seed(config.seed)
-        (self.classes, features), keep = layers(head)[-1].weight.shape, 1 - config.dropout
-        draws = torch.rand(config.passes, features, generator=generator)
-        self.masks = nn.Buffer((draws < keep) / keep)                       # (K, D)
+        self.config = config or Config()
+        self.recipe = RECIPES[self.config.recipe]
+        self.backbone = backbone.requires_grad_(False)                         # M_b
+        self.original = nn.Sequential(copy.deepcopy(shared), copy.deepcopy(head))
+        self.original.requires_grad_(False)
+        self.shared = copy.deepcopy(shared).requires_grad_(True)               # M_s
+        self.heads = nn.ModuleDict()                                           # M_h, once a head
+        for name in self.recipe.heads:
+            self.heads[name] = Head(copy.deepcopy(head), self.config.dropout).requires_grad_(True)
+        for module in self.modules():
+            if isinstance(module, BranchDropout):
+                module.dropout.p = self.config.block_dropout
+            if hasattr(module, "inplace"):
+                module.inplace = False  # the heads and the original read the same activations
+        self.classes, features = self.heads["combined"].classifier.weight.shape
+        self.masks = nn.Buffer(dropout_masks(self.config, features))           # (K, D)
         self.eval()
 
     def train(self, mode=True):
-        """Training mode reaches the tuned part alone, and not its batch-norm statistics."""
+        """Training mode, of the tuned part alone. Batch-norm statistics stay those of pre-training
+        (not in the paper), unless the network began at random weights."""
         super().train(mode)
         self.backbone.eval()
         self.original.eval()
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(module.training and self.config.tune_batch_norm)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not self.trains_statistics:
+                module.eval()
         return self
-
-    @torch.no_grad()
-    def predict(self, pixels, with_original=False):
-        """pixels (B, 3, H, W) in [0, 1] -> Prediction. In eval mode nothing is random."""
-        z = self.backbone(pixels)                                           # M_b, once
-        if self.config.mc == "tuned":
-            spread = self.mc_dropout_tuned(z)
-        else:
-            h = self.shared(z)                                              # M_s, once
-            spread = {name: mc_dropout(head.classifier, head.body(h), self.masks)
-                      for name, head in self.heads.items()}                 # K passes a head
-        phi, uncertainty = ({name: s[i] for name, s in spread.items()} for i in (0, 1))
-        if len(phi) == 1:                                                   # a baseline: no choice
-            chosen = torch.full(pixels.shape[:1], HEADS.index("combined"), device=z.device)
-        else:
-            chosen = select_head(phi, uncertainty, self.config.rule)        # Eq. 6
-        pick = lambda of: torch.stack([of.get(name, of["combined"]) for name in HEADS])[
-            chosen, torch.arange(len(chosen), device=z.device)]
-        everyone = {"original": self.original(z).float().softmax(-1)} if with_original else {}
-        return Prediction(pick(phi), chosen, pick(uncertainty),
-                          {**everyone, **phi, "selected": pick(phi)})
-
-    def mc_dropout_tuned(self, z):
-        """Ablation: K passes with dropout alive in all tuned blocks, {head: (phi, U)}."""
-        with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
-            torch.manual_seed(self.config.seed)
-            for module in self.modules():
-                if isinstance(module, nn.Dropout):
-                    module.train()
-            passes = [[head(h) for head in self.heads.values()]
-                      for h in (self.shared(z) for _ in self.masks)]
-        self.eval()
-        return {name: spread_of(torch.stack(p, 1)) for name, p in zip(self.heads, zip(*passes))}
 
     def forward(self, pixels):
         """pixels (B, 3, H, W) in [0, 1] -> class probabilities (B, C)."""
         return self.predict(pixels).probabilities
 
-# --- The loss (Sec. 4.3.1, Eqs. 3-5) --------------------------------------------------------------
+    def predict(self, pixels):
+        """pixels (B, 3, H, W) in [0, 1] -> Prediction; in eval mode nothing is random."""
+        with torch.no_grad():
+            z = self.backbone(pixels)                                          # M_b
+        return self.predict_from(z)
 
-def examples_of(is_clean):
-    """Which rows each head learns from: is_clean (B,) bool, beta of Eq. 5 -> {head: (B,) bool}."""
-    return {"clean": is_clean, "combined": torch.ones_like(is_clean), "unclean": ~is_clean}
+    @torch.no_grad()
+    def predict_from(self, z):
+        """z, what M_b gives -> Prediction (Sec. 4.3.2).
 
-def distillation(logits, teacher_logits, temperature):
-    """L_d [15], (B, C) each: T^2 * KL(teacher_T || student_T), summed over rows, in float32."""
-    student = F.log_softmax(logits.float() / temperature, dim=-1)
+        "K forward passes through each of these heads": only the classifier runs K times, since it
+        alone follows the last dropout. K passes through all tuned blocks would cost K times as much
+        (that they can be spared is not in the paper).
+        """
+        h = self.shared(z.clone())                                             # M_s
+        phi = {}
+        uncertainty = {}
+        for name, head in self.heads.items():                                  # M_h
+            features = head.features(h.clone())  # a head may work in place
+            phi[name], uncertainty[name] = mc_dropout(head.classifier, features, self.masks)
+        chosen = select_head(phi, uncertainty, self.config.rule)               # Eq. 6
+        return Prediction(of_chosen_head(phi, chosen), chosen,
+                          of_chosen_head(uncertainty, chosen), phi)
+
+    @torch.no_grad()
+    def original_probabilities(self, z):
+        """z, what M_b gives -> class probabilities (B, C) of the untouched M."""
+        return self.original(z).float().softmax(-1)
+
+# --- The loss (Sec. 4.3.1) ------------------------------------------------------------------------
+
+def distillation(student_logits, teacher_logits, temperature):
+    """L_d [15]: T^2 KL(teacher_T || student_T) of logits (n, C) -> (n,), in nats, in float32."""
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True)
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * divergence
 
-def generalized_distillation(logits, teacher_logits, labels, is_clean, temperature, weight):
-    """Eqs. 3-5: the mean over the batch of beta * L_clean + (1 - beta) * L_aug.
-    logits: {head: (n, C)} for the n rows that `examples_of` gives that head. teacher_logits (B, C):
-    the original's where is_clean, the robust teacher's elsewhere; None without distillation.
+def student_loss(student, teacher, pixels, labels, is_clean):
+    """Eqs. 3 to 5: pixels (B, 3, H, W) in [0, 1], labels (B,), is_clean (B,) bool -> scalar.
+
+    Under three heads a clean example has the original M as its teacher and reaches the clean and
+    the combined head; an augmented example has the robust teacher and reaches the unclean and the
+    combined head. No augmented example moves the clean head, nor a clean one the unclean head.
+    Other recipes lack heads, or teachers: without one, labels alone.
     """
-    total = 0.0
-    for head, own_logits in logits.items():
-        rows = examples_of(is_clean)[head]
-        total = total + F.cross_entropy(own_logits.float(), labels[rows], reduction="sum")  # L_c
-        if teacher_logits is not None:
-            total = total + weight * distillation(own_logits, teacher_logits[rows], temperature)
-    return total / len(labels)
+    recipe = student.recipe
+    rows = {"clean": is_clean, "combined": torch.ones_like(is_clean), "unclean": ~is_clean}
+    with torch.no_grad():
+        z = student.backbone(pixels)                        # M_b, once for student and original
+        teacher_logits = torch.zeros(len(labels), student.classes, device=z.device)
+        has_teacher = torch.zeros(len(labels), device=z.device)
+        teachers = ((recipe.clean_teacher, is_clean), (recipe.augmented_teacher, ~is_clean))
+        for who, taught in teachers:
+            if who == "original":
+                teacher_logits[taught] = student.original(z[taught]).float()
+            elif who == "robust":
+                teacher_logits[taught] = teacher(pixels[taught]).float()
+            has_teacher[taught] = float(who != "nobody")
+    h = student.shared(z)                                   # M_s
+    loss = {name: torch.zeros(len(labels), device=z.device) for name in HEADS}
+    for name, head in student.heads.items():
+        own = rows[name]
+        logits = head(h[own])                               # M_h
+        L_c = F.cross_entropy(logits.float(), labels[own], reduction="none")
+        L_d = distillation(logits, teacher_logits[own], student.config.temperature)
+        loss[name][own] = L_c + student.config.distill_weight * has_teacher[own] * L_d
+    L_clean = loss["clean"] + loss["combined"]              # Eq. 3, (B,), for clean examples
+    L_aug = loss["unclean"] + loss["combined"]              # Eq. 4, (B,), for augmented examples
+    beta = is_clean.float()
+    return (beta * L_clean + (1 - beta) * L_aug).mean()     # Eq. 5
 
-# --- Head selection (Sec. 4.3.2, Eq. 6) -----------------------------------------------------------
+# --- Head selection (Sec. 4.3.2) ------------------------------------------------------------------
+
+def dropout_masks(config, features):
+    """K masks of inverted dropout (K, D): 0, or 1 / (1 - rate) where a feature is kept. They are
+    drawn once, for all images and heads, so that a prediction depends on its image alone (not in
+    the paper)."""
+    keep = 1 - config.dropout
+    generator = torch.Generator().manual_seed(config.seed)
+    draws = torch.rand(config.passes, features, generator=generator)
+    return (draws < keep) / keep
 
 def mc_dropout(classifier, features, masks):
-    """MC dropout in one broadcast: features (B, D), masks (K, D) -> spread_of (B, K, C)."""
-    return spread_of(classifier(features[:, None] * masks))
+    """MC dropout [6]: features (B, D), masks (K, D) -> phi (B, C), U_mc (B,).
 
-def spread_of(logits):
-    """K passes (B, K, C) -> phi (B, C), mean of their softmax, and U_mc (B,), its standard
-    deviation over passes, averaged over classes."""
+    phi is the mean over passes of the softmax, U_mc its standard deviation over passes. The paper
+    does not say how C deviations make one number: here it is their mean.
+    """
+    logits = classifier(features[:, None] * masks)          # (B, K, C), all passes at once
     p = logits.float().softmax(-1)
     return p.mean(1), p.std(1, correction=0).mean(-1)
 
 def kl_divergence(p, q):
-    """KL(p || q) of probabilities (B, C) -> (B,), in nats; finite where one underflowed."""
+    """KL(p || q) of probabilities (B, C) -> (B,), in nats, at least 0; finite where q is 0."""
     tiny = torch.finfo(p.dtype).tiny
-    return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum(-1)
+    log_ratio = p.clamp_min(tiny).log() - q.clamp_min(tiny).log()
+    return (p * log_ratio).sum(-1).clamp_min(0)  # rounding can give -5e-7 where p is nearly q
 
 def select_head(phi, uncertainty, rule="kl-u"):
-    """Eq. 6: argmin over k in {c, u} of U_k * KL(phi_m || phi_k); a tie goes to the clean head.
-    phi {head: (B, C)}, uncertainty {head: (B,)} -> (B,) index into HEADS. The other rules are the
-    ablation of Sec. 5.3: either factor alone, or the largest probability.
+    """Eq. 6: argmin over k in {c, u} of U_k * KL(phi_m || phi_k) -> (B,) index into HEADS.
+
+    phi {head: (B, C)}, uncertainty {head: (B,)}. The other rules are the paper's ablation: either
+    factor alone, or the highest probability. A tie goes to the clean head (not in the paper). With
+    a combined head alone there is nothing to choose. Raises ValueError for an unknown rule.
     """
-    kl = lambda k: kl_divergence(phi["combined"], phi[k])
-    score = {"kl-u": lambda k: uncertainty[k] * kl(k), "u": uncertainty.get, "kl": kl,
-             "confidence": lambda k: -phi[k].amax(-1)}[rule]
-    clean = score("clean") <= score("unclean")
-    return torch.where(clean, HEADS.index("clean"), HEADS.index("unclean"))
+    if "clean" not in phi:
+        return torch.full_like(phi["combined"][:, 0], HEADS.index("combined"), dtype=torch.long)
+    score = {}
+    for name in ("clean", "unclean"):
+        divergence = kl_divergence(phi["combined"], phi[name])
+        if rule == "kl-u":
+            score[name] = uncertainty[name] * divergence
+        elif rule == "u":
+            score[name] = uncertainty[name]
+        elif rule == "kl":
+            score[name] = divergence
+        elif rule == "confidence":
+            score[name] = -phi[name].amax(-1)
+        else:
+            raise ValueError(f"unknown rule {rule}")
+    prefers_clean = score["clean"] <= score["unclean"]
+    return torch.where(prefers_clean, HEADS.index("clean"), HEADS.index("unclean"))
 
-# --- Recipes: ours, and the paper's baselines (Sec. 5) --------------------------------------------
+def of_chosen_head(values, chosen):
+    """values {head: (B, ...)}, chosen (B,) index into HEADS -> (B, ...), each row its head's."""
+    every = torch.stack([values.get(name, values["combined"]) for name in HEADS])  # (3, B, ...)
+    return every[chosen, torch.arange(len(chosen), device=chosen.device)]
 
-RECIPES = {"ours": HEADS,         # the heads that are tuned; three learn from both teachers
-           "apt": ("combined",)}  # augmentation based partial fine-tuning: from labels alone
+# --- Recipes: the method, and the baselines of Sec. 5 ---------------------------------------------
 
-def student_loss(student, teacher, pixels, labels, is_clean):
-    """Fig. 4 in training: pixels (B, 3, H, W), labels and is_clean (B,) -> Eq. 5, a scalar."""
-    config, targets = student.config, None
+@dataclass(frozen=True)
+class Recipe:
+    """What distinguishes the methods; the loss and the training loop read these rows."""
+
+    heads: tuple            # which of HEADS are tuned; "combined" is always one
+    clean_teacher: str      # of clean examples: "original", "robust" or "nobody"
+    augmented_teacher: str  # of augmented examples, likewise
+    cut: str                # tuning begins at "pixels", the "part" of --fraction, or "features"
+    views: str              # of "both" kinds, or "clean" alone
+
+# The paper's text calls single-teacher "Only K.D." and combined-head by that name; its tables call
+# them "Single-Teacher" and "Only K.D.". With --zero-shot, ft and apt are ZS-Full and ZS-APT.
+RECIPES = {
+    "three-heads":    Recipe(HEADS, "original", "robust", "part", "both"),
+    "combined-head":  Recipe(("combined",), "original", "robust", "part", "both"),
+    "single-teacher": Recipe(("combined",), "robust", "robust", "part", "both"),
+    "apt":            Recipe(("combined",), "nobody", "nobody", "part", "both"),
+    "lp":             Recipe(("combined",), "nobody", "nobody", "features", "clean"),
+    "ft":             Recipe(("combined",), "nobody", "nobody", "pixels", "clean"),
+    "ft-augmented":   Recipe(("combined",), "nobody", "nobody", "pixels", "both"),
+}
+
+def interpolated(student, alpha):
+    """WiSE-FT [33]: a student of weights (1 - alpha) * original + alpha * tuned, in every head. It
+    shares its frozen parts with `student`."""
+    shared, head = student.original
+    mixed = RobustStudent(student.backbone, shared, head, student.config)
+    mixed.to(student.masks.device)
+    mixed.original = student.original
+    copy_description(student, mixed)
+    tuned = tuned_state(student)
     with torch.no_grad():
-        z = student.backbone(pixels)                                        # M_b, once for both
-        if teacher is not None:
-            targets = torch.empty(len(labels), student.classes, device=z.device)
-            if is_clean.any():
-                targets[is_clean] = student.original(z[is_clean]).float()   # M, on clean examples
-            if not is_clean.all():
-                targets[~is_clean] = teacher(pixels[~is_clean]).float()     # M_t, on augmented ones
-    h = student.shared(z)                                                   # M_s
-    rows = examples_of(is_clean)
-    logits = {name: head(h[rows[name]])                                     # M_h, on its own kind
-              for name, head in student.heads.items() if rows[name].any()}
-    return generalized_distillation(logits, targets, labels, is_clean, config.temperature,
-                                    config.distill_weight)
+        for name, value in tuned_state(mixed).items():
+            if value.is_floating_point():
+                value.lerp_(tuned[name], alpha)
+    return mixed.eval()
 
 # --- Data: D^a, clean and augmented views (Secs. 4.2, 4.3) ----------------------------------------
 
@@ -302,329 +420,565 @@ def image_folder(folder):
     try:
         found = torchvision.datasets.ImageFolder(folder)
     except OSError as error:
-        raise Refusal(f"{folder}: {str(error).split(' Supported')[0]} Expected CLASS/IMAGE "
-                      "files, or train/ and val/ that hold them.") from error
+        reason = str(error).split(" Supported")[0]
+        raise Refusal(f"{folder}: {reason} Expected CLASS/IMAGE files, or train/ and val/ that "
+                      "hold them.") from error
     return found.samples, found.classes
 
+def read_image(path):
+    """uint8 (3, H, W) of an image file, not turned by its EXIF, as is custom; raises Refusal."""
+    try:
+        image = Image.open(path)
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
+    except Exception as error:  # a broken file may raise anything
+        raise Refusal(f"{path}: cannot be read ({error}); mend it or remove it") from error
+
+@contextlib.contextmanager
+def own_randomness(*numbers):
+    """Within, the CPU's generator is seeded by `numbers` and one thread computes, so that what is
+    made is the same in any process at any time; the generator outside goes on as it was."""
+    seed = np.random.SeedSequence(numbers).generate_state(1)[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several round convolutions differently
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(seed))  # torch.manual_seed seeds GPUs too
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
 def noise2net(image):
-    """DeepAugment's weight-free form [10]: y + eps * f(y), four times, on one normalised image
-    (3, H, W) in [0, 1]; f is a Res2Net block whose weights come from torch's generator."""
-    def convolve(x, channels, kernel=1, dilation=1):
+    """DeepAugment's form without weights [10]: y + eps f(y), four times, of one image (3, H, W) in
+    [0, 1]; f is a Res2Net block of random weights. Published are 64 channels; 16 change the image
+    as much (RMS 0.20) at a fifth of the cost."""
+    def convolution(x, channels, kernel, dilation):
         bound = (x.shape[1] * kernel**2) ** -0.5
         weight = torch.empty(channels, x.shape[1], kernel, kernel).uniform_(-bound, bound)
-        return F.conv2d(x, weight, padding=kernel // 2 * dilation, dilation=dilation)
+        x = F.conv2d(x, weight, padding=kernel // 2 * dilation, dilation=dilation)
+        return F.instance_norm(x)  # of this image alone, so that its batch does not matter
 
-    mean, std = (torch.tensor(s)[:, None, None] for s in (IMAGENET_MEAN, IMAGENET_STD))
+    mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
+    std = torch.tensor(IMAGENET_STD)[:, None, None]
     y = ((image - mean) / std)[None]
+    eps = torch.empty(()).uniform_(0.375, 0.75)
     for _ in range(4):
-        first, *groups = F.relu(F.instance_norm(convolve(y, 16))).chunk(4, dim=1)
-        outputs = [first]
-        for group in groups:
-            kernel, dilation = (1, 1) if torch.rand(()) < 0.5 else (3, int(torch.randint(1, 4, ())))
-            f = convolve(group + outputs[-1], 4, kernel, dilation)
-            outputs.append(F.relu(F.instance_norm(f)))
-        y = y + torch.empty(()).uniform_(0.375, 0.75) * convolve(torch.cat(outputs, dim=1), 3)
+        groups = F.relu(convolution(y, 16, 1, 1)).chunk(4, dim=1)
+        outputs = [groups[0]]
+        for group in groups[1:]:
+            kernel = 1 if torch.rand(()) < 0.5 else 3
+            dilation = int(torch.randint(1, 4, ()))
+            outputs.append(F.relu(convolution(group + outputs[-1], 4, kernel, dilation)))
+        y = y + eps * convolution(torch.cat(outputs, dim=1), 3, 1, 1)
     return (y[0] * std + mean).clamp(0, 1)
 
-class Views(Dataset):
-    """Views of images, each a function of (seed, epoch, index) alone, whatever workers and ranks.
-    An item is (pixels uint8, label, is_clean, unreadable). `kind` tells the pixels: "coin", D^a as
-    the student sees it, (3, H, W) clean or augmented by a fair coin; "triple", (3, 3, H, W), one
-    clean view and two augmented; "centre", (3, H, W), nothing random, for measuring. Samples from
-    `own` on are augmented already (--extra-data): no coin makes them clean. The next readable image
-    replaces an unreadable one, whose index is `unreadable`, else -1.
+class CentreViews(Dataset):
+    """For measuring: index -> (pixels uint8 (3, size, size), label); nothing random."""
+
+    def __init__(self, samples, size):
+        self.samples = samples
+        resized = size * 256 // 224 if size > 64 else size
+        self.crop = v2.Compose([v2.Resize(resized), v2.CenterCrop(size)])
+
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        return self.crop(read_image(path)), label
+
+class TrainingViews(Dataset):
+    """D^a: (epoch, index) -> (pixels uint8 (3, size, size), label, is_clean).
+
+    A fair coin makes an example clean or augmented (not in the paper); without augmentation all are
+    clean. A view is a function of (seed, epoch, index) alone, whatever workers and processes.
     """
 
-    def __init__(self, samples, size, kind, config, own=None):
-        self.samples, self.kind, self.config, self.epoch = samples, kind, config, 0
-        self.own, small = len(samples) if own is None else own, size <= 64
-        self.centre = v2.Compose([v2.Resize(size if small else size * 256 // 224),
-                                  v2.CenterCrop(size)])
-        crop = [v2.Resize(size), v2.RandomCrop(size, padding=size // 8)] if small \
-            else [v2.RandomResizedCrop(size)]
+    def __init__(self, samples, size, augment, config):
+        self.samples = samples
+        self.augment = augment
+        self.seed = config.seed
+        crop = [v2.RandomResizedCrop(size)]
+        if size <= 64:
+            crop = [v2.Resize(size), v2.RandomCrop(size, padding=size // 8)]
         self.crop = v2.Compose([*crop, v2.RandomHorizontalFlip()])
-        # all_ops would add operations that overlap ImageNet-C's corruptions: leakage.
+        # all_ops would add colour, contrast, brightness and sharpness, which overlap ImageNet-C.
         self.augmix = v2.AugMix(severity=config.severity, all_ops=False)
 
     def __len__(self):
         return len(self.samples)
 
-    def read(self, index):
-        for step in range(len(self)):
-            path, label = self.samples[(index + step) % len(self)]
-            try:
-                image = v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
-                return image, label, index if step else -1
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's
-                continue
-        raise Refusal(f"{path}: none of the images can be read")
+    def __getitem__(self, key):
+        epoch, index = key
+        path, label = self.samples[index]
+        with own_randomness(self.seed, epoch, index):
+            pixels, is_clean = self.example(read_image(path))
+        return pixels, label, is_clean
 
-    def augmented(self, view):
-        if "deepaugment" in self.config.augment and torch.rand(()) < 0.5:
-            view = (noise2net(view / 255) * 255).byte()
-        return view if self.config.augment == "none" else self.augmix(view)
+    def example(self, image):
+        """image -> (pixels, is_clean)."""
+        is_clean = bool(torch.rand(()) < 0.5) or self.augment == "none"
+        pixels = self.crop(image)
+        return (pixels if is_clean else self.augmented(pixels)), is_clean
 
-    def __getitem__(self, index):
-        image, label, unreadable = self.read(index)
-        state = np.random.SeedSequence((self.config.seed, self.epoch, index)).generate_state(1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(state[0]))
-            is_clean = bool(torch.rand(()) < 0.5) and index < self.own      # beta of Eq. 5
-            view = self.centre(image) if self.kind == "centre" else self.crop(image)
-            if self.kind == "triple":
-                view = torch.stack([view, self.augmented(view), self.augmented(view)])
-            elif self.kind == "coin" and not is_clean:
-                view = self.augmented(view)
-        return view, label, is_clean, unreadable
+    def augmented(self, pixels):
+        """Noise2Net on every second view (its share is not in the paper), then AugMix."""
+        if self.augment == "augmix+deepaugment" and torch.rand(()) < 0.5:
+            pixels = (noise2net(pixels / 255) * 255).byte()
+        return self.augmix(pixels)
 
-def loader(views, config, epoch=None):
-    """Batches of this process: shuffled by (seed, epoch), or all in order where epoch is None."""
-    order, batch = np.arange(len(views)), max(1, config.batch_size // PROCESSES)
-    if epoch is not None:
-        views.epoch, whole = epoch, max(1, len(order) // (batch * PROCESSES)) * batch
-        order = np.random.default_rng((config.seed, epoch)).permutation(order)
-        order = order[RANK::PROCESSES][:whole]
-    return DataLoader(views, batch, sampler=order.tolist(), num_workers=config.workers)
+class AugMixTriples(TrainingViews):
+    """(epoch, index) -> (uint8 (3, 3, size, size), label, True): a clean view, two augmented."""
 
-def measured(views, config, title=None):
-    """(pixels in [0, 1], labels) of every image in order, on the device; a `title` shows progress.
-    Raises Refusal at an unreadable image, since skipping it in silence would change the score.
-    """
-    batches = loader(views, config)
-    for pixels, labels, _, unreadable in tqdm(batches, title, disable=not title, mininterval=2):
-        if (unreadable >= 0).any():
-            raise Refusal(f"{views.samples[int(unreadable.max())][0]}: cannot be read; mend it or "
-                          "remove it")
+    def example(self, image):
+        clean = self.crop(image)
+        return torch.stack([clean, self.augmented(clean), self.augmented(clean)]), True
+
+def batches(dataset, keys, batch_size, workers):
+    """Yields batches of dataset[key] for `keys`, in order; raises the Refusal of an item."""
+    loader = DataLoader(dataset, batch_size, sampler=keys, num_workers=workers,
+                        pin_memory=torch.cuda.is_available())
+    try:
+        yield from loader
+    except Refusal as error:  # in a worker torch puts its traceback before the message
+        raise Refusal(str(error).rpartition("Refusal: ")[2]) from error
+
+def centre_batches(samples, size, config, title):
+    """Yields (pixels in [0, 1], labels), on the device, of this process's share of `samples`."""
+    share = range(RANK, len(samples), PROCESSES)
+    per_process = max(1, config.batch_size // PROCESSES)
+    loader = batches(CentreViews(samples, size), share, per_process, config.workers)
+    for pixels, labels in tqdm(loader, title, -(-len(share) // per_process), disable=RANK > 0):
         yield pixels.to(config.device) / 255, labels.to(config.device)
 
-# --- Networks: splitting, loading, saving ---------------------------------------------------------
+# --- Networks: where a library's network is cut ---------------------------------------------------
+
+class Sections(NamedTuple):
+    """A library's network taken apart (Sec. 4.1)."""
+
+    stem: nn.Module            # normalised pixels -> activations
+    blocks: list               # of modules, activations -> activations
+    pool: nn.Module            # the last block's activations -> features (B, D)
+    classifier: nn.Module      # features -> logits (B, C); None or nn.Identity in a bare tower
+    class_token: bool = False  # activations are tokens (B, N, D), of which the first is pooled
 
 class Part(nn.Module):
-    """A shallow copy of `net` with only the children and tensors in `keep`; runs run(net, x)."""
+    """The children and parameters of `net` named in `names`, with a forward pass of their own."""
 
-    def __init__(self, net, keep, run):
+    def __init__(self, net, names, run):
         super().__init__()
-        self.net, self.run = copy.copy(net), run
-        for kind in ("_modules", "_parameters", "_buffers"):
-            self.net.__dict__[kind] = {k: v for k, v in getattr(net, kind).items() if k in keep}
+        self.net = copy.copy(net)
+        self.net._modules = {k: v for k, v in net._modules.items() if k in names}
+        self.net._parameters = {k: v for k, v in net._parameters.items() if k in names}
+        self.run = run
 
     def forward(self, x):
         return self.run(self.net, x)
 
-STAGES = "layer1 layer2 layer3 layer4"
-stages = lambda net: [block for name in STAGES.split() for block in getattr(net, name)]
-token = lambda x, alone: x[:, :1] if alone else x  # of a pooled class token, norm only that: exact
+class ClassTokenBlock(nn.Module):
+    """The last block of a CLIP ViT, of which the class token alone is pooled, (B, N, D) ->
+    (B, 1, D): keys and values of all tokens, query, projection and MLP of one. Exact, for a sixth
+    of the cost. `whole` computes all tokens, as the library does."""
 
-FAMILIES = {  # what holds the blocks; what follows them; the classifier; blocks; stem; pool
-    "open_clip VisionTransformer": (
-        "transformer", "ln_post attn_pool proj", "", lambda n: n.transformer.resblocks,
-        lambda n, x: n._embeds(x), lambda n, x: n._pool(
-            token(x, n.pool_type == "tok" and n.attn_pool is None))[0] @ n.proj),
-    "open_clip ModifiedResNet": (
-        STAGES, "attnpool", "", stages, lambda n, x: n.stem(x), lambda n, x: n.attnpool(x)),
-    "timm VisionTransformer": (
-        "blocks", "norm fc_norm attn_pool head_drop head", "head", lambda n: n.blocks,
-        lambda n, x: n.norm_pre(n.patch_drop(n._pos_embed(n.patch_embed(x)))),
-        lambda n, x: n.forward_head(n.norm(token(x, n.global_pool == "token")))),
-    "timm ResNet": (
-        STAGES, "global_pool fc", "fc", stages,
-        lambda n, x: n.maxpool(n.act1(n.bn1(n.conv1(x)))), lambda n, x: n.forward_head(x)),
-    "timm ConvNeXt": (
-        "stages", "norm_pre head", "head.fc", lambda n: [
-            block if i else nn.Sequential(stage.downsample, block)
-            for stage in n.stages for i, block in enumerate(stage.blocks)],
-        lambda n, x: n.stem(x), lambda n, x: n.forward_head(n.norm_pre(x))),
-    "torchvision ResNet": (
-        STAGES, "avgpool fc", "fc", stages, lambda n, x: n.maxpool(n.relu(n.bn1(n.conv1(x)))),
-        lambda n, x: n.avgpool(x).flatten(1)),
-    "torchvision VisionTransformer": (
-        "encoder", "ln heads", "heads.head", lambda n: n.encoder.layers,
-        lambda n, x: n.dropout(n.pos_embedding + torch.cat(
-            [n.class_token.expand(len(x), -1, -1), n._process_input(x)], dim=1)),
-        lambda n, x: n.heads(n.ln(x[:, 0])))}
+    whole = False
 
-def sections(net):
-    """(stem, blocks, pool, classifier) of a library's network (Sec. 4.1), which loses its
-    classifier; raises Refusal. `pool` takes the last block's activations to one vector (B, D)."""
-    kind = f"{type(net).__module__.split('.')[0]} {type(net).__name__}"
-    if kind not in FAMILIES:
-        raise Refusal(f"cannot split a {kind}: not one of {', '.join(FAMILIES)}; give "
-                      "RobustStudent your own modules")
-    body, last, classifier, blocks, stem, pool = FAMILIES[kind]
-    if kind == "torchvision VisionTransformer":
-        for name in ("pos_embedding", "dropout", "ln"):
-            setattr(net, name, getattr(net.encoder, name))
-    fitted = net.get_submodule(classifier) if classifier else None
-    if classifier:
-        net.set_submodule(classifier, nn.Identity())
-    first = {*net._modules, *net._parameters} - {*body.split(), *last.split()}
-    return Part(net, first, stem), blocks(net), Part(net, last.split(), pool), fitted
-
-class Network(nn.Module):
-    """A whole network M as stem, blocks, pool, classifier: pixels (B, 3, H, W) -> logits (B, C).
-    size: input size in pixels; source: arguments that rebuild its architecture; text_embeddings:
-    class names -> ((C, D), scale) for CLIP, else None; class_names: None where unknown.
-    """
-
-    def __init__(self, net, size, mean, std, text_embeddings, source):
+    def __init__(self, block):
         super().__init__()
-        stem, blocks, self.pool, classifier = sections(net)
-        resize = v2.Resize((size, size), v2.InterpolationMode.BICUBIC)  # does nothing at that size
-        self.stem = nn.Sequential(resize, v2.Normalize(mean, std), stem)
-        self.blocks = nn.Sequential(*blocks)
-        self.classifier = classifier if isinstance(classifier, nn.Linear) else None
-        self.size, self.text_embeddings, self.source = size, text_embeddings, source
-        self.class_names = None
-
-    def features(self, x):
-        """pixels (B, 3, H, W) in [0, 1] -> (B, D), what the classifier sees."""
-        return self.pool(self.blocks(self.stem(x)))
+        self.block = block
 
     def forward(self, x):
-        return self.classifier(self.features(x))
+        block = self.block
+        if self.whole:
+            return block(x)[:, :1]
+        tokens = block.ln_1(x)
+        y = x[:, :1] + block.ls_1(block.attention(tokens[:, :1], tokens, tokens))
+        return y + block.ls_2(block.mlp(block.ln_2(y)))
 
-    @torch.no_grad()
-    def predict(self, pixels, with_original=False):
-        """As RobustStudent.predict, with one predictor, "model", and no heads."""
-        p = self(pixels).float().softmax(-1)
-        return Prediction(p, None, None, {"model": p})
+def split_open_clip_vit(net):
+    """Sections of an open_clip VisionTransformer."""
+    def stem(net, x):
+        return net._embeds(x)
 
-def count(*modules):
+    def pool(net, x):
+        return net._pool(x)[0] @ net.proj
+
+    blocks = list(net.transformer.resblocks)
+    pools_class_token = net.pool_type == "tok" and net.attn_pool is None
+    if pools_class_token and type(blocks[-1]) is open_clip.transformer.ResidualAttentionBlock:
+        blocks[-1] = ClassTokenBlock(blocks[-1])
+    first = ["conv1", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre"]
+    last = ["attn_pool", "ln_post", "proj"]
+    return Sections(Part(net, first, stem), blocks, Part(net, last, pool), None, pools_class_token)
+
+def split_open_clip_resnet(net):
+    """Sections of an open_clip ModifiedResNet."""
+    def stem(net, x):
+        return net.stem(x)
+
+    first = [name for name in net._modules if not name.startswith(("layer", "attnpool"))]
+    blocks = [*net.layer1, *net.layer2, *net.layer3, *net.layer4]
+    return Sections(Part(net, first, stem), blocks, net.attnpool, None)
+
+def split_timm_vit(net):
+    """Sections of a timm VisionTransformer."""
+    def stem(net, x):
+        return net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(x))))
+
+    def pool(net, x):
+        if net.global_pool == "token":
+            x = x[:, :1]  # the norm of the others would be for nothing
+        return net.forward_head(net.norm(x), pre_logits=True)
+
+    first = ["patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop",
+             "norm_pre"]
+    last = ["norm", "attn_pool", "fc_norm", "head_drop"]
+    return Sections(Part(net, first, stem), list(net.blocks), Part(net, last, pool),
+                    net.get_classifier(), net.global_pool == "token")
+
+def split_timm_resnet(net):
+    """Sections of a timm ResNet."""
+    def stem(net, x):
+        return net.maxpool(net.act1(net.bn1(net.conv1(x))))
+
+    def pool(net, x):
+        return net.forward_head(x, pre_logits=True)
+
+    blocks = [*net.layer1, *net.layer2, *net.layer3, *net.layer4]
+    first = Part(net, ["conv1", "bn1", "act1", "maxpool"], stem)
+    return Sections(first, blocks, Part(net, ["global_pool"], pool), net.get_classifier())
+
+def split_timm_efficientnet(net):
+    """Sections of a timm EfficientNet."""
+    def stem(net, x):
+        return net.bn1(net.conv_stem(x))
+
+    def pool(net, x):
+        return net.forward_head(net.bn2(net.conv_head(x)), pre_logits=True)
+
+    blocks = [block for stage in net.blocks for block in stage]
+    return Sections(Part(net, ["conv_stem", "bn1"], stem), blocks,
+                    Part(net, ["conv_head", "bn2", "global_pool"], pool), net.get_classifier())
+
+def split_torchvision_vit(net):
+    """Sections of a torchvision VisionTransformer."""
+    def stem(net, x):
+        tokens = torch.cat([net.class_token.expand(len(x), -1, -1), net._process_input(x)], dim=1)
+        return net.dropout(tokens + net.pos_embedding)
+
+    def pool(net, x):
+        return net.heads(net.ln(x[:, 0]))
+
+    for name in ("pos_embedding", "dropout", "ln"):
+        setattr(net, name, getattr(net.encoder, name))
+    classifier = net.heads.head
+    net.heads.head = nn.Identity()
+    first = Part(net, ["conv_proj", "class_token", "pos_embedding", "dropout"], stem)
+    return Sections(first, net.encoder.layers, Part(net, ["ln", "heads"], pool), classifier, True)
+
+FAMILIES = {
+    "open_clip VisionTransformer": split_open_clip_vit,
+    "open_clip ModifiedResNet": split_open_clip_resnet,
+    "timm VisionTransformer": split_timm_vit,
+    "timm ResNet": split_timm_resnet,
+    "timm EfficientNet": split_timm_efficientnet,
+    "torchvision VisionTransformer": split_torchvision_vit,
+}
+
+class Preprocess(nn.Module):
+    """pixels (B, 3, H, W) in [0, 1] -> (B, 3, size, size), normalised, as this network wants it."""
+
+    def __init__(self, size, mean, std):
+        super().__init__()
+        self.resize = v2.Resize((size, size), v2.InterpolationMode.BICUBIC)
+        self.mean = nn.Buffer(torch.tensor(mean)[:, None, None])
+        self.std = nn.Buffer(torch.tensor(std)[:, None, None])
+
+    def forward(self, pixels):
+        return (self.resize(pixels) - self.mean) / self.std
+
+class Network(nn.Module):
+    """A whole network M: pixels (B, 3, H, W) in [0, 1] -> logits (B, C). Raises Refusal where its
+    family is not one of FAMILIES."""
+
+    def __init__(self, net, size, mean, std):
+        super().__init__()
+        family = f"{type(net).__module__.split('.')[0]} {type(net).__name__}"
+        if family not in FAMILIES:
+            raise Refusal(f"cannot split a {family}: not one of {', '.join(FAMILIES)}; give "
+                          "RobustStudent your own modules")
+        sections = FAMILIES[family](net)
+        self.prepare = Preprocess(size, mean, std)
+        self.stem = sections.stem
+        self.blocks = nn.Sequential(*(BranchDropout(block) for block in sections.blocks))
+        self.pool = sections.pool
+        self.classifier = None                  # a bare tower has none yet
+        if isinstance(sections.classifier, nn.Linear):
+            self.classifier = sections.classifier
+        self.class_token = sections.class_token
+        self.size = int(size)                   # of the input, in pixels
+        self.class_names = None                 # of the outputs, None where unknown
+        self.text_embeddings = None             # CLIP: (names, templates, device) -> (W, scale)
+        self.is_random = False                  # its weights were never trained
+        self.source = None                      # arguments of load_network for this network
+        self.architecture = None                # the same without its weights
+
+    def features(self, pixels):
+        """pixels (B, 3, H, W) in [0, 1] -> (B, D), what the classifier sees."""
+        return self.pool(self.blocks(self.stem(self.prepare(pixels))))
+
+    def forward(self, pixels):
+        return self.classifier(self.features(pixels))
+
+    def stages(self):
+        """All but the classifier, in order: what may be frozen, shared, or in a head."""
+        return [self.prepare, self.stem, *self.blocks, self.pool]
+
+def copy_description(source, target):
+    """Tells `target` what `source` knows of its images, classes and origin."""
+    for name in ("size", "class_names", "class_token", "text_embeddings", "source"):
+        setattr(target, name, getattr(source, name))
+
+def count_parameters(*modules):
     """Number of parameters."""
-    return sum(p.numel() for m in modules for p in m.parameters())
+    return sum(p.numel() for module in modules for p in module.parameters())
 
-def split(network, fraction, head_blocks):
-    """(K, N): M_b = blocks[:K], M_s = blocks[K:N], M_h = blocks[N:], pool, classifier (Sec. 4.1).
-    K brings the parameters of M_s and one M_h as close to `fraction` of all as blocks allow.
+def tuned_share(network, start):
+    """Share of the network's parameters from the stage of index `start` to the classifier."""
+    tuned = count_parameters(*network.stages()[start:], network.classifier)
+    return tuned / count_parameters(network)
+
+def find_cut(network, config):
+    """Indices into network.stages(): where M_s begins, and where M_h begins (Sec. 4.1).
+
+    The cut "part" brings the share of M_s and one M_h as close to config.fraction as whole blocks
+    allow.
     """
-    n = max(0, len(network.blocks) - head_blocks)
-    rest, target = count(network.pool, network.classifier), fraction * count(network)
-    return min(range(n + 1), key=lambda k: abs(count(network.blocks[k:]) + rest - target)), n
+    end = len(network.stages())
+    head_start = max(2, end - 1 - config.head_blocks)
+    if RECIPES[config.recipe].cut == "pixels":
+        return 1, head_start
+    if RECIPES[config.recipe].cut == "features":
+        return end, end
+    starts = range(1, head_start + 1)
+    misses = [abs(tuned_share(network, start) - config.fraction) for start in starts]
+    return starts[int(np.argmin(misses))], head_start
 
-def assemble(network, at, config):
-    """RobustStudent of a Network cut at (K, N): M = M_h . M_s . M_b, Eq. 1."""
-    blocks, (k, n) = list(network.blocks), at
-    student = RobustStudent(nn.Sequential(network.stem, *blocks[:k]), nn.Sequential(*blocks[k:n]),
-                            nn.Sequential(*blocks[n:], network.pool, network.classifier), config)
-    for name in ("size", "class_names", "text_embeddings"):
-        setattr(student, name, getattr(network, name))
-    student.origin = {"split": at, "class_names": network.class_names,
-                      "classifier": network.classifier.state_dict()}
+def assemble(network, config):
+    """RobustStudent of a Network, cut as config.recipe says: Eq. 1."""
+    cut, head_start = find_cut(network, config)
+    stages = network.stages()
+    head = nn.Sequential(*stages[head_start:], network.classifier)
+    shared = nn.Sequential(*stages[cut:head_start])
+    student = RobustStudent(nn.Sequential(*stages[:cut]), shared, head, config)
+    copy_description(network, student)
+    student.trains_statistics = network.is_random and student.recipe.cut == "pixels"
     return student
 
+# --- Networks: loading and saving -----------------------------------------------------------------
+
+# What wrong arguments and mutated files cause in the libraries' constructors and in ours.
+DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+          ValueError)
+
+def check_model_args(model_args):
+    """Raises Refusal unless the arguments only shape a network: they may come from a file, and the
+    libraries' constructors also take other files, addresses and ways of unpickling."""
+    if not isinstance(model_args, dict):
+        raise Refusal("--model-args: must be a JSON object of keyword arguments")
+    for key, value in model_args.items():
+        loads = re.search("pretrained|checkpoint|weights|cache|file|url|hf|cfg|config", str(key))
+        if loads or not re.fullmatch(r"[\w\s.,+\-\[\]']*", str(value)):
+            raise Refusal(f"--model-args {key}: only numbers, booleans, words and lists of them, "
+                          "and only what shapes a network")
+
 def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
-    """A Network by open_clip, timm or torchvision name, NAME:FILE, or a .pt of --make-teacher.
-    Random weights (`none`) come from `seed`. Raises Refusal.
+    """A Network by open_clip, timm or torchvision NAME, NAME:FILE, or a .pt of --make-teacher.
+
+    pretrained: a TAG of the library, a FILE with a state dict, "none" for random weights (drawn by
+    `seed`), or "" for the default. Raises Refusal.
     """
     if name.endswith(".pt") and ":" not in name:
-        saved = read_tensors(name, "network")
-        network = load_network(**saved["source"])
-        network.classifier = classifier_from(saved["state"], "classifier.")
-        network.load_state_dict(saved["state"])
-        network.stem[1] = v2.Normalize(*saved["mean_and_std"])  # a tag's may differ from its name's
-        network.class_names = saved["class_names"]
-        return network
-    name, _, file = name.partition(":")
-    file = pretrained if Path(pretrained).is_file() else file
-    tag = None if file or pretrained == "none" else pretrained  # "" is the default
-    unimodal = timm.is_model(name) or name in torchvision.models.list_models()
-    if not unimodal and name not in open_clip.list_models():  # it has a convnext_tiny as timm has
-        raise Refusal(f"{name}: not an open_clip, timm or torchvision name, nor a .pt file")
-    torch.manual_seed(seed)
+        if pretrained or image_size or model_args:
+            raise Refusal(f"{name}: has its own weights, size and arguments; give no --pretrained, "
+                          "--image-size or --model-args")
+        return read_network(name)
+    family, _, file = name.partition(":")
+    if Path(pretrained).is_file():
+        file = pretrained
+    weights = None
+    tag = pretrained
+    if file:
+        weights = read_state_dict(file)
+        tag = "none"
+    model_args = dict(model_args or {})
+    check_model_args(model_args)
+    torch.manual_seed(seed)  # of random weights, and of a new classifier
     try:
-        whole, net, *others = (build_unimodal if unimodal else build_clip)(
-            name, tag, image_size, model_args or {})
-        if 0 < image_size <= 64 and hasattr(net, "maxpool"):
-            if tag is not None:
-                raise Refusal(f"--image-size {image_size}: {name} gets a 3x3 stem, for which there "
-                              "are no weights; give --pretrained none or NAME:FILE")
-            first, *rest = layers(net.conv1)  # a strided 7x7 stem is wrong here: 3x3, no pooling
-            small = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=False)
-            net.conv1, net.maxpool = nn.Sequential(small, *rest) if rest else small, nn.Identity()
-        if file:
-            state = read_tensors(file)
-            state = state.get("state_dict", state.get("model", state))
-            whole.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, OSError) as error:
-        # an unknown tag or argument, weights that do not fit or cannot be had
+        if timm.is_model(family):
+            network = build_timm(family, tag, weights, image_size, model_args)
+        elif family in torchvision.models.list_models():
+            network = build_torchvision(family, tag, weights, image_size, model_args)
+        elif family in open_clip.list_models():
+            network = build_open_clip(family, tag, weights, image_size, model_args)
+        else:
+            raise Refusal(f"{name}: not an open_clip, timm or torchvision name, nor a .pt file")
+    except (*DAMAGE, OSError) as error:
+        # An unknown tag or argument, or weights that do not fit or cannot be had.
         raise Refusal(f"{name}: {str(error)[:300]} (--pretrained takes TAG, FILE, none)") from error
-    # What rebuilds the architecture; of CLIP also the activation and the text encoder.
-    source = dict(name=name, pretrained="none" if unimodal else file or pretrained,
-                  image_size=image_size or others[0], model_args=model_args, seed=seed)
-    return Network(net, *others, source)
+    network.source = {"name": name, "pretrained": pretrained, "image_size": image_size,
+                      "model_args": model_args, "seed": seed}
+    network.architecture = {"name": family, "pretrained": "none", "image_size": network.size,
+                            "model_args": model_args}
+    network.is_random = tag == "none" and not file
+    classifier = network.classifier
+    if not network.is_random and classifier is not None and classifier.out_features == 1000:
+        network.class_names = timm.data.ImageNetInfo().label_names()  # by custom, in this order
+    return network.eval()
 
-def build_clip(name, tag, image_size, args):
-    """(whole, image tower, size, mean, std, text_embeddings). OpenAI's weights need QuickGELU."""
-    tag = "openai" if tag == "" else tag
-    known = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    clip = open_clip.create_model(name, pretrained=tag, force_image_size=image_size or None,
-                                  force_quick_gelu=known.get("quick_gelu", False), **args).eval()
-    tokenizer, prepare = open_clip.get_tokenizer(name), clip.visual.preprocess_cfg
-
-    def text_embeddings(names, templates=open_clip.OPENAI_IMAGENET_TEMPLATES):
-        """phi_text(Y) (C, D), the mean over templates, and exp(logit_scale) (Sec. 4.4)."""
-        known = dict(zip(timm.data.ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES))
-        names = [known.get(name, name.replace("_", " ")) for name in names]
-        weight = open_clip.build_zero_shot_classifier(clip, tokenizer, names, templates).T
-        return weight.contiguous(), clip.logit_scale.exp().item()
-
-    size = int(np.max(clip.visual.image_size))
-    return clip, clip.visual, size, prepare["mean"], prepare["std"], text_embeddings
-
-def build_unimodal(name, tag, image_size, args):
-    """As build_clip, for a timm or torchvision name; with the weights' own size, mean and std."""
-    if image_size and ("vit" in name or "deit" in name):
-        args = {"img_size" if timm.is_model(name) else "image_size": image_size, **args}
-    if not timm.is_model(name):
-        net = torchvision.models.get_model(name, weights="DEFAULT" if tag == "" else tag, **args)
-        size = image_size or getattr(net, "image_size", 224)
-        return net, net, size, IMAGENET_MEAN, IMAGENET_STD, None
-    net = timm.create_model(f"{name}.{tag}" if tag else name, pretrained=tag is not None, **args)
+def build_timm(name, tag, weights, image_size, model_args):
+    """Network of timm, with the size, mean and std of its tag."""
+    if image_size and re.search("vit|deit", name):
+        model_args["img_size"] = image_size
+    if tag not in ("", "none"):
+        name = f"{name}.{tag}"
+    net = timm.create_model(name, pretrained=tag != "none", **model_args)
+    if weights is not None:
+        net.load_state_dict(weights)
     known = net.pretrained_cfg
-    return net, net, image_size or known["input_size"][-1], known["mean"], known["std"], None
+    return Network(net, image_size or known["input_size"][-1], known["mean"], known["std"])
 
-def name_classes(model, names, templates=open_clip.OPENAI_IMAGENET_TEMPLATES):
-    """Give a CLIP Network, or a student of --zero-shot, new classes (Sec. 4.4)."""
-    weight, scale = model.text_embeddings(names, templates)
-    model.class_names, model.classes = names, len(names)
+def build_torchvision(name, tag, weights, image_size, model_args):
+    """Network of torchvision."""
+    if image_size and "vit" in name:
+        model_args["image_size"] = image_size
+    tag = {"": "DEFAULT", "none": None}.get(tag, tag)
+    net = torchvision.models.get_model(name, weights=tag, **model_args)
+    if weights is not None:
+        net.load_state_dict(weights)
+    size = image_size or getattr(net, "image_size", 224)
+    return Network(net, size, IMAGENET_MEAN, IMAGENET_STD)
+
+def build_open_clip(name, tag, weights, image_size, model_args):
+    """Network of a CLIP's image tower. OpenAI's and some other weights need QuickGELU: open_clip
+    lists which, but create_model does not apply it. It becomes one of `model_args`."""
+    if tag == "":
+        tag = "openai"
+    if tag == "none":
+        tag = None
+    elif tag not in open_clip.list_pretrained_tags_by_model(name):
+        raise Refusal(f"{name}: open_clip has no weights {tag} for it")
+    if tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"):
+        model_args.setdefault("quick_gelu", True)
+    clip = open_clip.create_model(name, pretrained=tag, force_image_size=image_size or None,
+                                  **model_args).eval()
+    if weights is not None:
+        clip.load_state_dict(weights)
+        if "quickgelu" not in name and "quick_gelu" not in model_args and RANK == 0:
+            print(f"network   {name} has GELU; OpenAI's weights need {name}-quickgelu:FILE")
+    tower = clip.visual
+    clip.visual = nn.Identity()
+    tokenizer = open_clip.get_tokenizer(name)
+
+    def text_embeddings(names, templates=open_clip.OPENAI_IMAGENET_TEMPLATES, device="cpu"):
+        """phi_text(Y) (C, D), the mean over templates, and exp(logit_scale) (Sec. 4.4)."""
+        wnids = timm.data.ImageNetInfo().label_names()
+        in_words = dict(zip(wnids, open_clip.IMAGENET_CLASSNAMES))
+        names = [in_words.get(name, name.replace("_", " ")) for name in names]
+        weight = open_clip.build_zero_shot_classifier(
+            clip.to(device), tokenizer, names, templates, device=device, use_tqdm=RANK == 0)
+        return weight.T.contiguous(), clip.logit_scale.exp().item()
+
+    preprocess = tower.preprocess_cfg
+    network = Network(tower, int(np.max(tower.image_size)), preprocess["mean"], preprocess["std"])
+    network.text_embeddings = text_embeddings
+    return network
+
+def set_classes(model, names, weight, scale):
+    """Gives a Network, or a RobustStudent of --zero-shot, other classes (Sec. 4.4): names, text
+    embeddings (C, D) and their scale. Raises Refusal where the classifier was trained."""
     if isinstance(model, Network):
-        model.classifier = CosineClassifier(weight, scale, trained=False)
+        model.classifier = CosineClassifier(weight, scale, trained=False).to(weight.device)
+    elif not model.config.zero_shot:
+        raise Refusal("only a student of --zero-shot takes new class names")
     for module in model.modules():
         if isinstance(module, CosineClassifier):
-            module.weight = weight.to(module.weight.device)
+            module.weight = F.normalize(weight, dim=-1).to(module.weight.device)
+    model.class_names = list(names)
+    model.classes = len(names)
 
-def classifier_from(state, prefix="", trained=True):
-    """The classifier whose tensors stand under `prefix` in a state dict."""
-    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if "scale" in own:
-        return CosineClassifier(own["weight"], own["scale"], trained)
-    classifier = nn.Linear(*reversed(own["weight"].shape), bias="bias" in own)
-    classifier.load_state_dict(own)
+def classifier_from(state, zero_shot):
+    """The classifier that has this state dict."""
+    if "scale" in state:
+        classifier = CosineClassifier(state["weight"], state["scale"], trained=not zero_shot)
+    else:
+        classes, features = state["weight"].shape
+        classifier = nn.Linear(features, classes, bias="bias" in state)
+    classifier.load_state_dict(state)
     return classifier
 
-def read_tensors(path, kind=None):
-    """Tensors and plain data of a file, by weights_only=True; `kind`: "network", "plug-in",
-    "network or plug-in". Raises Refusal; no code in the file ever runs."""
-    if not Path(path).is_file():
-        make = "--make-teacher vit_b_16 --data imagenet/" if kind == "network" else \
-            "--student ViT-L-14 --teacher vit_b16.pt"
-        raise Refusal(f"{path}: no such file" + (
-            f"; make it with: python robustify.py {make} --out {path}" if kind else ""))
+def read_tensors(path):
+    """torch.load of tensors and plain data, so that no code in the file runs; raises Refusal."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of old pickles, which are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old pickles, which fail below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except FileNotFoundError as error:
+        raise Refusal(f"{path}: no such file; robustify.py makes a teacher with --make-teacher "
+                      f"NAME --out {path}, a plug-in with --student NAME --out {path}") from error
     except Exception as error:  # a broken file may raise anything
         raise Refusal(f"{path}: not a readable checkpoint (truncated, of another format, or with "
                       "code in it); make or download it again") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if kind and found not in [f"robustify {k}" for k in kind.split(" or ")]:
+
+def read_checkpoint(path, kind):
+    """The content of a file of robustify.py; kind: "plug-in", "network", "state" or "any" of them.
+    Raises Refusal, also where a bit of it was changed."""
+    content = read_tensors(path)
+    found = str(content.get("format")) if isinstance(content, dict) else ""
+    if not found.startswith("robustify ") or kind not in (found.removeprefix("robustify "), "any"):
         raise Refusal(f"{path}: not a {kind} that robustify.py wrote")
+    with refusing_damage(path):
+        if content.pop("sha256", "") != digest(content):
+            raise ValueError("its checksum is another")
     return content
 
-def write_tensors(content, path):
+def digest(content):
+    """sha256, in hex, of nested dicts, lists, tensors and plain values."""
+    total = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, dict):
+            value = list(value.items())
+        if isinstance(value, (list, tuple)):
+            for part in value:
+                add(part)
+        elif isinstance(value, torch.Tensor):
+            total.update(f"{tuple(value.shape)}{value.dtype}".encode())
+            total.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        else:
+            total.update(repr(value).encode())
+
+    add(content)
+    return total.hexdigest()
+
+def fingerprint(*modules):
+    """sha256, in hex, of the modules' tensors and their names."""
+    return digest([module.state_dict() for module in modules])
+
+def read_state_dict(path):
+    """A plain state dict, as people publish it; raises Refusal."""
+    content = read_tensors(path)
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and key in content:
+            content = content[key]
+    if not isinstance(content, dict):
+        raise Refusal(f"{path}: holds no state dict")
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+def write_checkpoint(kind, content, path):
     """Write atomically: a crash or a full disk leaves the older file whole. Raises OSError."""
-    buffer, temporary = io.BytesIO(), Path(f"{path}.{os.getpid()}.part")
-    torch.save(content, buffer)
+    content = {"format": f"robustify {kind}", **content}
+    buffer = io.BytesIO()
+    torch.save({**content, "sha256": digest(content)}, buffer)
+    temporary = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
@@ -633,159 +987,392 @@ def write_tensors(content, path):
     finally:
         temporary.unlink(missing_ok=True)
 
+@contextlib.contextmanager
+def refusing_damage(path):
+    """Within, all that the content of a mutated checkpoint can cause is one Refusal."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise Refusal(f"{path}: damaged, or of another version of robustify.py: "
+                      f"{str(error)[:200]}") from error
+
 FROZEN = ("backbone.", "original.")  # what a plug-in does not hold
 
-def fingerprint(student):
-    """sha256 over names, shapes and bytes of the frozen network M: backbone and original."""
-    digest = hashlib.sha256()
-    for name, tensor in student.state_dict().items():
-        if name.startswith(FROZEN):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def tuned_state(student):
+    """The tensors that a plug-in holds: all that are not FROZEN."""
+    state = student.state_dict()
+    return {name: value for name, value in state.items() if not name.startswith(FROZEN)}
+
+def load_tuned(student, tuned):
+    """Sets exactly the tensors of tuned_state; raises KeyError, naming one that is missing or does
+    not belong there."""
+    for name in tuned.keys() ^ tuned_state(student).keys():
+        raise KeyError(name)
+    student.load_state_dict(tuned, strict=False)
 
 def save(student, path):
     """The plug-in: tuned part, config, class names, where M comes from and its fingerprint."""
-    tuned = {k: v for k, v in student.state_dict().items() if not k.startswith(FROZEN)}
-    write_tensors({"format": "robustify plug-in", "tuned": tuned, "config": asdict(student.config),
-                   "fingerprint": fingerprint(student), **student.origin}, path)
+    classifier = None
+    if student.source:
+        classifier = student.original[1][-1].state_dict()
+    write_checkpoint("plug-in", {
+        "tuned": tuned_state(student), "config": asdict(student.config), "source": student.source,
+        "class_names": student.class_names, "classifier": classifier,
+        "fingerprint": fingerprint(student.backbone, student.original)}, path)
 
-def load(path, backbone=None, shared=None, head=None, class_names=None):
-    """robust.pt -> RobustStudent; with backbone, shared and head where they were your own modules.
-    `class_names` gives a zero-shot student new classes. Raises Refusal where the file is no plug-in
-    or was tuned on other weights.
+def load(path, backbone=None, shared=None, head=None, class_names=None, alpha=1.0):
+    """robust.pt -> RobustStudent in eval mode: pixels in, class probabilities out.
+
+    backbone, shared, head: your own modules, where it was tuned on such. class_names: new classes
+    for a student of --zero-shot. alpha: interpolation with the original (WiSE-FT). Raises Refusal
+    where the file is no whole plug-in or was tuned on other weights.
     """
-    saved = read_tensors(path, "plug-in")
-    config = Config(**saved["config"])
-    if backbone is not None:
-        student = RobustStudent(backbone, shared, head, config)
-    elif "split" not in saved:
-        raise Refusal(f"{path}: tuned on modules of your own; give backbone, shared and head")
-    else:
-        network = load_network(config.student, config.pretrained, config.image_size,
-                               config.model_args, config.seed)
-        network.classifier = classifier_from(saved["classifier"], trained=not config.zero_shot)
+    saved = read_checkpoint(path, "plug-in")
+    if backbone is None:
+        network = load_original(path)
+    with refusing_damage(path):
+        config = Config(**saved["config"])
+        if backbone is None:
+            student = assemble(network, config)
+        else:
+            student = RobustStudent(backbone, shared, head, config)
+        found = fingerprint(student.backbone, student.original)
+        if found != saved["fingerprint"]:
+            raise Refusal(f"{path}: tuned on a network with fingerprint "
+                          f"{saved['fingerprint'][:16]}, this one has {found[:16]}; load the "
+                          "weights that it was tuned on")
+        load_tuned(student, saved["tuned"])
+        student.class_names = saved["class_names"]
+    if class_names is not None:
+        if student.text_embeddings is None:
+            raise Refusal(f"{path}: has no text encoder for new class names")
+        set_classes(student, class_names, *student.text_embeddings(class_names))
+    return student if alpha == 1 else interpolated(student, alpha)
+
+def load_original(path):
+    """The whole Network M that the plug-in at `path` was tuned from; raises Refusal."""
+    saved = read_checkpoint(path, "plug-in")
+    with refusing_damage(path):
+        if not saved["source"]:
+            raise Refusal(f"{path}: tuned on modules of your own; give backbone, shared and head")
+        network = load_network(**saved["source"])
+        network.classifier = classifier_from(saved["classifier"], saved["config"]["zero_shot"])
         network.class_names = saved["class_names"]
-        student = assemble(network, saved["split"], config)
-    if (found := fingerprint(student)) != saved["fingerprint"]:
-        raise Refusal(f"{path}: tuned on a network with fingerprint {saved['fingerprint'][:16]}, "
-                      f"this one has {found[:16]}; load the weights that it was tuned on")
-    student.load_state_dict(saved["tuned"], strict=False)  # all that is not FROZEN
-    if class_names:
-        if backbone is not None or not config.zero_shot:
-            raise Refusal(f"{path}: only a CLIP student of --zero-shot takes new class names")
-        name_classes(student, class_names)
-    return student
+    return network
 
-# --- The robust teacher (Sec. 4.2) and the training loop ------------------------------------------
+def save_network(network, path):
+    """A whole Network, which read_network reads."""
+    write_checkpoint("network", {
+        "architecture": network.architecture, "state": network.state_dict(),
+        "class_names": network.class_names}, path)
 
-def teacher_loss(network, jsd, pixels, labels):
-    """Cross-entropy of pixels (B, 3, H, W); of a "triple" (B, 3, 3, H, W) the published AugMix loss
-    [12]: cross-entropy of the clean view + jsd * Jensen-Shannon divergence of all three."""
-    if pixels.ndim == 4:
-        return F.cross_entropy(network(pixels).float(), labels)
-    logits = network(pixels.transpose(0, 1).flatten(0, 1)).float()
-    views = logits.softmax(-1).unflatten(0, (3, -1))
-    divergence = torch.stack([kl_divergence(p, views.mean(0)) for p in views]).mean()
+def read_network(path):
+    """The Network in a .pt of --make-teacher; nothing else is read or fetched. Raises Refusal."""
+    saved = read_checkpoint(path, "network")
+    with refusing_damage(path):
+        state = saved["state"]
+        network = load_network(**{**saved["architecture"], "pretrained": "none"})
+        classifier = {k.removeprefix("classifier."): v for k, v in state.items()
+                      if k.startswith("classifier.")}
+        network.classifier = classifier_from(classifier, zero_shot=False)
+        network.load_state_dict(state)
+        network.class_names = saved["class_names"]
+    network.text_embeddings = None  # the file holds no text tower
+    network.is_random = False
+    network.source = {"name": path}
+    return network
+
+# --- The robust teacher (Sec. 4.2) ----------------------------------------------------------------
+
+def teacher_loss(student, jsd, pixels, labels):
+    """The published AugMix loss [12]: cross-entropy of the clean view + jsd * Jensen-Shannon
+    divergence of all three; pixels (B, 3, 3, H, W), labels (B,) -> scalar."""
+    views = pixels.transpose(0, 1).flatten(0, 1)                        # (3 B, 3, H, W)
+    logits = student.heads["combined"](student.shared(student.backbone(views))).float()
+    phi = logits.softmax(-1).unflatten(0, (3, -1))                      # (3, B, C)
+    divergence = 0.0
+    for p in phi:
+        divergence = divergence + kl_divergence(p, phi.mean(0)).mean() / 3
     return F.cross_entropy(logits[:len(labels)], labels) + jsd * divergence
 
-def accuracy(model, views, config):
-    """{predictor: share of right answers, 0 to 1} of a Network or RobustStudent."""
-    right = {}
-    for pixels, labels in measured(views, config):
-        for name, p in model.eval().predict(pixels, with_original=True).everyone.items():
-            right[name] = right.get(name, 0) + int((p.argmax(-1) == labels).sum())
-    return {name: n / len(views) for name, n in right.items()}
+def save_teacher(student, network, path):
+    """Write the whole Network that `student`, cut at the pixels, was tuned from, as it is now."""
+    head = student.heads["combined"]
+    stages = [*student.shared, *head.body]
+    tuned = copy.copy(network)
+    tuned._modules = {"prepare": student.backbone[0], "stem": stages[0],
+                      "blocks": nn.Sequential(*stages[1:-1]), "pool": stages[-1],
+                      "classifier": head.classifier}
+    save_network(tuned, path)
 
-def fit(loss_of, model, views, validation, config, write):
-    """Minimise loss_of(pixels, labels, is_clean); after each epoch validate model and `write()`."""
-    model.to(config.device, memory_format=torch.channels_last)  # 1.5 times as fast on ResNets
-    tuned = [p for p in model.parameters() if p.requires_grad]
-    kind, extra = {"adamw": (torch.optim.AdamW, {}),
-                   "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})}[config.optimizer]
-    optimizer = kind(tuned, config.lr, weight_decay=config.weight_decay, **extra)
-    steps, replaced = config.epochs * len(loader(views, config, epoch=0)), set()
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
-        1, 20 * (s + 1) / steps) * (0.5 + 0.5 * np.cos(np.pi * s / steps)))
-    for epoch in range(config.epochs):
-        bar = tqdm(loader(views, config, epoch), f"epoch {epoch + 1}/{config.epochs}",
-                   unit=" images", unit_scale=config.batch_size, mininterval=2, disable=RANK > 0)
-        model.train()
-        start = ready = time.perf_counter()
-        waited = 0.0
-        for step, (pixels, labels, is_clean, unreadable) in enumerate(bar):
-            waited += time.perf_counter() - ready
-            replaced |= set(unreadable[unreadable >= 0].tolist())
-            pixels, labels, is_clean = (t.to(config.device) for t in (pixels, labels, is_clean))
-            with torch.autocast("cuda", torch.bfloat16, enabled=config.device == "cuda"):
-                loss = loss_of(pixels / 255, labels, is_clean)
-            if not np.isfinite(value := loss.item()):
-                raise Refusal(f"the loss became {value} in epoch {epoch + 1}, step {step + 1}; the "
-                              "last checkpoint stays; try a lower --lr or --temperature")
-            optimizer.zero_grad()
-            loss.backward()
-            for p in tuned if PROCESSES > 1 else []:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                torch.distributed.all_reduce(p.grad.div_(PROCESSES))
-            nn.utils.clip_grad_norm_(tuned, 1.0)  # T^2 scales gradients
-            optimizer.step()
-            schedule.step()
-            ready = time.perf_counter()
-            bar.set_postfix_str(f"loss {value:.3f}, {waited / (ready - start):.0%} waiting for "
-                                "data", refresh=False)
-        if RANK == 0:
-            if validation:
-                scores = accuracy(model, validation, config).items()
-                print(f"epoch {epoch + 1}:", *(f"{k} {100 * v:.1f}" for k, v in scores), flush=True)
-            write()
-    if replaced and RANK == 0:
-        print(f"{len(replaced)} unreadable images were replaced by the next readable one: "
-              + ", ".join(str(views.samples[i][0]) for i in sorted(replaced)[:3]))
+# --- The training loop (Eq. 2), and how it resumes ------------------------------------------------
 
-def prepare(name, kind, config, teacher=""):
-    """(Network, teacher or None, Views, validation Views or None) for --data and --extra-data; a
-    wrong folder is refused before any network is built. Raises Refusal."""
-    parts = [Path(config.data, part) for part in ("train", "val", "test")]
-    train, *held_out = [p for p in parts if p.is_dir()] if parts[0].is_dir() else [config.data]
-    samples, names = image_folder(train)
-    if config.limit:
-        keep = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
-        samples = [samples[i] for i in sorted(keep)]
-    others = [(folder, *image_folder(folder)) for folder in (*held_out[:1], *config.extra_data)]
-    teacher = load_network(teacher).to(config.device).eval() if teacher else None
-    network = load_network(name, config.pretrained, config.image_size, config.model_args,
-                           config.seed)
-    for what, _, classes in (*others, (name, None, network.class_names),
-                             (config.teacher, None, getattr(teacher, "class_names", None))):
-        if classes is not None and list(classes) != names:
-            raise Refusal(f"{what} has {len(classes)} classes ({', '.join(classes[:3])} ...), but "
-                          f"--data {len(names)} ({', '.join(names[:3])} ...): they must agree")
-    if teacher and (teacher.classifier is None or len(teacher.classifier.weight) != len(names)):
-        raise Refusal(f"--teacher {config.teacher}: has no classifier of the {len(names)} classes "
-                      "in --data; see --make-teacher")
-    network.class_names = names
-    give_classifier(network, samples, config)
-    validation = Views(others.pop(0)[1], network.size, "centre", config) if held_out else None
-    views = Views(samples + [s for _, extra, _ in others for s in extra], network.size, kind,
-                  config, len(samples))
+def count_steps(count, config):
+    """(images a step and process, steps an epoch) of `count` training images; an epoch's last,
+    smaller batch is left out. Raises Refusal."""
+    per_process = min(config.batch_size, count) // PROCESSES
+    if per_process == 0:
+        raise Refusal(f"--batch-size {config.batch_size}, {count} images: too few for {PROCESSES} "
+                      "processes")
+    return per_process, count // (per_process * PROCESSES)
+
+def training_keys(count, config, first_step):
+    """Yields the (epoch, index) keys of this process's share of the steps from `first_step` on. The
+    order follows from (seed, epoch): equal step sizes hold the same images on any number of
+    processes."""
+    per_process, per_epoch = count_steps(count, config)
+    size = per_process * PROCESSES
+    for epoch in range(first_step // per_epoch, config.epochs):
+        order = np.random.default_rng((config.seed, epoch)).permutation(count)
+        for place in range(max(0, first_step - epoch * per_epoch), per_epoch):
+            for index in order[place * size:(place + 1) * size][RANK::PROCESSES]:
+                yield epoch, int(index)
+
+def learning_rate(step, total, config):
+    """Linear warm-up, then half a cosine down to 0 [33]."""
+    warmup = min(config.warmup, total // 5)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+def make_optimizer(student, config):
+    """AdamW; no decay of biases and norms, nor of what a CosineClassifier divides out."""
+    cosine = [m.weight for m in student.modules() if isinstance(m, CosineClassifier)]
+    decayed = []
+    others = []
+    for p in student.parameters():
+        if p.requires_grad and p.ndim > 1 and not any(p is weight for weight in cosine):
+            decayed.append(p)
+        elif p.requires_grad:
+            others.append(p)
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+
+def autocast(device):
+    """bfloat16 on a GPU, where it needs no scaling of the loss; float32 on a CPU."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+
+def training_step(student, optimizer, loss_of, batch, config):
+    """One update with batch = (pixels uint8, labels, is_clean); returns the loss, a float. Raises
+    FloatingPointError, before the update, where the loss or a gradient is not finite."""
+    pixels, labels, is_clean = (t.to(config.device, non_blocking=True) for t in batch)
+    optimizer.zero_grad()
+    with autocast(config.device):
+        loss = loss_of(pixels / 255, labels, is_clean)
+    loss.backward()
+    tuned = [p for p in student.parameters() if p.requires_grad]
+    if PROCESSES > 1:
+        for p in tuned:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= PROCESSES
+    norm = nn.utils.clip_grad_norm_(tuned, 1.0)  # [33]'s; T^2 scales gradients
+    if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+        raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
+    optimizer.step()
+    for module in student.modules():
+        if isinstance(module, CosineClassifier) and module.weight.requires_grad:
+            module.renormalise()
+    return loss.item()
+
+def fit(student, loss_of, views, config, write):
+    """Eq. 2: minimise loss_of(pixels, labels, is_clean) over theta_s and theta_h.
+
+    views: TrainingViews. write(): saves the student, after each epoch. All that is random follows
+    from (seed, rank, step), so that --resume needs weights, optimiser and step alone. Raises
+    Refusal where a loss, gradient or weight is not finite.
+    """
+    student.to(config.device)
+    optimizer = make_optimizer(student, config)
+    first_step = read_state(student, optimizer, len(views), config) if config.resume else 0
+    per_process, per_epoch = count_steps(len(views), config)
+    steps = config.epochs * per_epoch
+    keys = training_keys(len(views), config, first_step)
+    loader = batches(views, keys, per_process, config.workers)
+    waited = 0.0
+    started = time.perf_counter()
+    with tqdm(desc="training", total=steps, initial=first_step, unit=" images", mininterval=2,
+              unit_scale=per_process * PROCESSES, disable=RANK > 0) as bar:
+        for step in range(first_step, steps):
+            asked = time.perf_counter()
+            batch = next(loader)
+            waited += time.perf_counter() - asked
+            seed = np.random.SeedSequence((config.seed, RANK, step)).generate_state(1)[0]
+            torch.manual_seed(int(seed))  # of dropout
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, config)
+            ends_epoch = (step + 1) % per_epoch == 0
+            saves = ends_epoch or (config.save_every > 0 and (step + 1) % config.save_every == 0)
+            try:
+                loss = training_step(student.train(), optimizer, loss_of, batch, config)
+                if saves:
+                    check_finite(student)
+            except FloatingPointError as error:
+                stays = "stays as it was" if Path(config.out).is_file() else "was not written yet"
+                place = f"epoch {step // per_epoch + 1}, step {step % per_epoch + 1}"
+                raise Refusal(f"{place}: {error}; {config.out} {stays}; try a lower --lr or "
+                              "--temperature") from error
+            if saves:
+                average_statistics(student)
+            if ends_epoch and RANK == 0:
+                write()
+            if saves and RANK == 0:
+                write_state(student, optimizer, step + 1, len(views), config)
+            share = waited / (time.perf_counter() - started)
+            bar.set_postfix_str(f"loss {loss:.3f}, {share:.0%} waiting for data", refresh=False)
+            bar.update()
     if RANK == 0:
-        print(f"network   {name}, {count(network) / 1e6:.2f} M parameters, {network.size} px\n"
-              f"images    {len(views)}, {len(names)} classes, {len(validation or [])} to validate\n"
-              f"training  {config.epochs} epochs, {config.epochs * len(loader(views, config, 0))} "
-              f"steps of {config.batch_size} images ({config.augment}), {config.optimizer}, lr "
-              f"{config.lr:g}, on {config.device}; writes {config.out}", flush=True)
-    return network, teacher, views, validation
+        state_file(config).unlink(missing_ok=True)
+
+def check_finite(student):
+    """Raises FloatingPointError, naming the first tuned tensor that holds NaN or infinity."""
+    for name, value in tuned_state(student).items():
+        if not value.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite")
+
+def average_statistics(student):
+    """Where batch-norm statistics are trained each process has its own: make them the mean."""
+    if PROCESSES > 1 and student.trains_statistics:
+        for name, value in student.named_buffers():
+            if "running" in name:
+                torch.distributed.all_reduce(value)
+                value /= PROCESSES
+
+FREE_TO_CHANGE = ("workers", "resume", "data", "out")  # when resuming
+
+def state_file(config):
+    """Where an interrupted run leaves what --resume goes on from."""
+    return Path(f"{config.out}.state")
+
+def write_state(student, optimizer, step, images, config):
+    """All that --resume needs after `step` steps. The probe is in it since a GPU does not repeat it
+    to the bit."""
+    write_checkpoint("state", {
+        "settings": {**asdict(config), "processes": PROCESSES, "images": images}, "step": step,
+        "tuned": tuned_state(student), "optimizer": optimizer.state_dict(),
+        "original": student.original.state_dict(), "backbone": fingerprint(student.backbone)},
+        state_file(config))
+
+def read_state(student, optimizer, images, config):
+    """Sets student and optimizer to the state beside config.out; returns its step, 0 where there is
+    none. Raises Refusal where it is of other settings or another network, or the run is over."""
+    path = state_file(config)
+    if not path.is_file():
+        if Path(config.out).is_file():
+            raise Refusal(f"--resume: {config.out} is finished; remove it to start anew")
+        return 0
+    saved = read_checkpoint(path, "state")
+    with refusing_damage(path):
+        settings = {**asdict(config), "processes": PROCESSES, "images": images}
+        for name, value in saved["settings"].items():
+            if name not in FREE_TO_CHANGE and settings[name] != value:
+                raise Refusal(f"--resume: {name} was {value} and is now {settings[name]}; give the "
+                              f"same settings, or remove {path}")
+        if saved["backbone"] != fingerprint(student.backbone):
+            raise Refusal(f"--resume: {path} is of another network; remove it to start anew")
+        student.original.load_state_dict(saved["original"])
+        load_tuned(student, saved["tuned"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return saved["step"]
+
+# --- A run: data, the original, and what is tuned -------------------------------------------------
+
+def training_images(config):
+    """([(path, label)], class names) of --data; raises Refusal where the folder is wrong."""
+    folder = Path(config.data)
+    if (folder / "train").is_dir():
+        folder = folder / "train"
+    samples, class_names = image_folder(folder)
+    if set(class_names) <= {"training", "val", "valid", "validation", "test"}:
+        raise Refusal(f"{folder}: holds {', '.join(class_names)} but no train/")
+    if config.limit:
+        drawn = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
+        samples = [samples[i] for i in sorted(drawn)]
+    return samples, class_names
+
+def check_classes(what, names, expected):
+    """Raises Refusal where `names` are not the classes of --data."""
+    if list(names) != list(expected):
+        raise Refusal(f"{what} has {len(names)} classes ({', '.join(names[:3])} ...), --data has "
+                      f"{len(expected)} ({', '.join(expected[:3])} ...): they must agree")
+
+def load_teacher(config, class_names):
+    """The robust teacher, frozen; raises Refusal where its classes are not those of --data."""
+    teacher = load_network(config.teacher)
+    outputs = 0 if teacher.classifier is None else len(teacher.classifier.weight)
+    if teacher.class_names is not None:
+        check_classes(f"--teacher {config.teacher}", teacher.class_names, class_names)
+    elif outputs != len(class_names):
+        raise Refusal(f"--teacher {config.teacher}: has {outputs} outputs, --data has "
+                      f"{len(class_names)} classes; see --make-teacher")
+    elif RANK == 0:
+        print(f"teacher   {config.teacher} names no classes: taken in the order of the folders")
+    return teacher.to(config.device).eval().requires_grad_(False)
+
+def give_classifier(network, samples, names, config):
+    """Makes `network` the original M for the classes of --data; raises Refusal.
+
+    Its own classifier stays where it is known to be of these classes. Otherwise VE begins with a
+    linear probe (Sec. 5), from the text embeddings where there are any. ZS takes these as they are.
+    """
+    if config.zero_shot and network.text_embeddings is None:
+        raise Refusal(f"--zero-shot: {config.student} has no text encoder")
+    if network.classifier is not None and network.class_names == names:
+        return
+    network.class_names = names
+    if network.text_embeddings is not None:
+        weight, scale = network.text_embeddings(names, device=config.device)
+        network.classifier = CosineClassifier(weight, scale, trained=not config.zero_shot)
+    else:
+        with torch.no_grad():
+            features = network.eval().features(torch.zeros(1, 3, network.size, network.size))
+        network.classifier = nn.Linear(features.shape[1], len(names))
+    network.eval().to(config.device)
+    if config.zero_shot or network.is_random:
+        return  # the features of random weights are not worth a probe
+    if RANK == 0:
+        print(f"probe     its classifier for the {len(names)} classes of --data, fitted first")
+    linear_probe(*all_features(network, samples, config), network.classifier)
+    if PROCESSES > 1:
+        for p in network.classifier.parameters():
+            torch.distributed.broadcast(p.data, src=0)
+
+@torch.no_grad()
+def all_features(network, samples, config):
+    """(features (n, D), labels (n,)) of centre crops; processes share the work, all get all."""
+    features = []
+    labels = []
+    for pixels, y in centre_batches(samples, network.size, config, "features"):
+        with autocast(config.device):
+            features.append(network.features(pixels).float().cpu())
+        labels.append(y.cpu())
+    shares = [(torch.cat(features), torch.cat(labels))]
+    if PROCESSES > 1:
+        mine = shares[0]
+        shares = [None] * PROCESSES
+        torch.distributed.all_gather_object(shares, mine)
+    features = torch.cat([share[0] for share in shares]).to(config.device)
+    return features, torch.cat([share[1] for share in shares]).to(config.device)
 
 def linear_probe(features, labels, classifier, weight_decay=1e-4):
-    """Fits the module `classifier` in place to features (n, D) and labels (n,) by L-BFGS (Sec. 5):
-    mean cross-entropy + weight_decay * squared norm."""
+    """Fits `classifier` in place to features (n, D) and labels (n,) by L-BFGS: mean cross-entropy,
+    for an nn.Linear + weight_decay * squared norm of the weight. A CosineClassifier divides its
+    norm out: decay would only shrink it."""
+    linear = isinstance(classifier, nn.Linear)
+    if linear:
+        for p in classifier.parameters():
+            nn.init.zeros_(p)
     optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=1000,
                                   line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()
-        total = weight_decay * sum(p.square().sum() for p in classifier.parameters())
-        total.backward()
+        total = torch.zeros((), device=features.device)
+        if linear:
+            total = weight_decay * classifier.weight.square().sum()
+            total.backward()
         for x, y in zip(features.split(8192), labels.split(8192)):
             loss = F.cross_entropy(classifier(x), y, reduction="sum") / len(labels)
             loss.backward()
@@ -793,93 +1380,139 @@ def linear_probe(features, labels, classifier, weight_decay=1e-4):
         return total
 
     optimizer.step(objective)
+    if not linear:
+        classifier.renormalise()
 
-def give_classifier(network, samples, config):
-    """Where the network has no classifier for its class names: text embeddings, or a new layer; in
-    VE a student's is then fitted as a linear probe on features of centre crops (Sec. 5)."""
-    own, names = network.classifier, network.class_names
-    if own is not None and len(own.weight) == len(names) and not config.zero_shot:
-        return
-    if network.text_embeddings:
-        network.classifier = CosineClassifier(*network.text_embeddings(names), not config.zero_shot)
-    elif config.zero_shot:
-        raise Refusal(f"--zero-shot needs a student with a text encoder, not {config.student}")
-    else:
-        network.classifier = nn.LazyLinear(len(names))
-        network.eval()(torch.zeros(1, 3, network.size, network.size))  # tells it the width
-    if config.zero_shot or config.make_teacher:
-        return
-    network.eval().to(config.device)
-    views = Views(samples, network.size, "centre", config)
-    with torch.no_grad():
-        features, labels = (torch.cat(column) for column in zip(*(
-            (network.features(x), y) for x, y in measured(views, config, "linear probe"))))
-    linear_probe(features, labels, network.classifier)
+def announce(name, network, views, classes, config):
+    """Print what is about to happen, in one block."""
+    stages = ["pixels", "stem", *(f"block {i + 1}" for i in range(len(network.blocks))), "pool"]
 
-def make_teacher(config):
-    """Sec. 4.2: train a small network whole on D^a, or plainly with --augment none; write it."""
-    kind = "triple" if config.jsd and config.augment != "none" else "coin"
-    network, _, views, validation = prepare(config.make_teacher, kind, config)
-    fit(lambda pixels, labels, _: teacher_loss(network, config.jsd, pixels, labels), network, views,
-        validation, config, lambda: write_tensors(
-            {"format": "robustify network", "source": network.source, "state": network.state_dict(),
-             "class_names": network.class_names,
-             "mean_and_std": [list(network.stem[1].mean), list(network.stem[1].std)]}, config.out))
+    def span(start, end):
+        if start >= end:
+            return "nothing"
+        return stages[start] if end == start + 1 else f"{stages[start]} to {stages[end - 1]}"
 
-def tune_student(config):
-    """Sec. 4.3: cut the student, plug in the heads, tune them on D^a, write the plug-in."""
-    heads, distil = RECIPES[config.recipe], len(RECIPES[config.recipe]) > 1
-    if distil and not config.teacher:
+    cut, head_start = find_cut(network, config)
+    recipe = RECIPES[config.recipe]
+    one = tuned_share(network, cut)
+    head = tuned_share(network, head_start)
+    per_process, per_epoch = count_steps(len(views), config)
+    print(f"network   {name}: {count_parameters(network) / 1e6:.2f} M parameters, "
+          f"{network.size} px; frozen {span(0, cut)}; shared {span(cut, head_start)}; in each head "
+          f"{span(head_start, len(stages))}, classifier")
+    print(f"tuned     {config.recipe}: {one:.1%} of the parameters, with all heads "
+          f"{one + (len(recipe.heads) - 1) * head:.1%}")
+    if recipe.cut == "part" and abs(one - config.fraction) > 0.25 * config.fraction:
+        print(f"          not --fraction {config.fraction:.1%}: one head has {head:.1%}, and only "
+              "whole blocks can be shared (--head-blocks 0: a linear head)")
+    print(f"heads     {', '.join(recipe.heads)}; clean examples are taught by "
+          f"{recipe.clean_teacher}, augmented by {recipe.augmented_teacher} (--teacher "
+          f"{config.teacher or 'none'})")
+    print(f"images    {len(views)} of {classes} classes, augmented by {views.augment}")
+    print(f"training  {config.epochs} epochs, {config.epochs * per_epoch} steps of "
+          f"{per_process * PROCESSES} images, AdamW, lr {config.lr:g}, on {config.device}; writes "
+          f"{config.out}", flush=True)
+
+def train(config):
+    """Sec. 4.3: cut the student, plug in its heads, tune them on D^a, write the plug-in. With
+    --make-teacher, Sec. 4.2: the recipe ft-augmented with the Jensen-Shannon term, and a whole
+    network is written. Raises Refusal."""
+    name = config.make_teacher or config.student
+    if config.make_teacher:
+        config = replace(config, recipe="ft-augmented")
+    recipe = RECIPES[config.recipe]
+    needs_teacher = "robust" in (recipe.clean_teacher, recipe.augmented_teacher)
+    if needs_teacher and not config.teacher:
         raise Refusal(f"--recipe {config.recipe} needs --teacher FILE.pt; see --make-teacher")
-    network, teacher, views, validation = prepare(config.student, "coin", config,
-                                                  config.teacher if distil else "")
-    k, n = at = split(network, config.fraction, config.head_blocks)
-    shared, head = (count(*parts) / count(network) for parts in (
-        network.blocks[k:n], (network.blocks[n:], network.pool, network.classifier)))
+    if config.zero_shot and (config.make_teacher or config.recipe == "lp"):
+        raise Refusal("--zero-shot keeps the classifier: not with --make-teacher or --recipe lp")
+    if config.augment == "none" and "unclean" in recipe.heads:
+        raise Refusal("--augment none: the unclean head would have nothing to learn from")
+    samples, class_names = training_images(config)
+    teacher = load_teacher(config, class_names) if needs_teacher else None
+    count_steps(len(samples), config)  # refuses before the long work
+    network = load_network(name, config.pretrained, config.image_size, config.model_args,
+                           config.seed)
+    give_classifier(network, samples, class_names, config)
+    student = assemble(network, config)
+    augment = "none" if recipe.views == "clean" else config.augment
+    triples = bool(config.make_teacher) and config.jsd > 0 and augment != "none"
+    kind = AugMixTriples if triples else TrainingViews
+    views = kind(samples, network.size, augment, config)
+
+    def loss_of(pixels, labels, is_clean):
+        if triples:
+            return teacher_loss(student, config.jsd, pixels, labels)
+        return student_loss(student, teacher, pixels, labels, is_clean)
+
+    def write():
+        if config.make_teacher:
+            save_teacher(student, network, config.out)
+        else:
+            save(student, config.out)
+
     if RANK == 0:
-        print(f"tuned     blocks {k + 1}-{n} shared, {n + 1}-{len(network.blocks)} in each head: "
-              f"{shared + head:.1%}, with all heads {shared + len(heads) * head:.1%}\n"
-              f"heads     {', '.join(heads)}; teacher {config.teacher if distil else 'none'}")
-    student = assemble(network, at, config)
-    fit(lambda *batch: student_loss(student, teacher, *batch), student, views, validation, config,
-        lambda: save(student, config.out))
+        announce(name, network, views, len(class_names), config)
+    fit(student, loss_of, views, config, write)
 
 # --- The demo: the whole method on drawn shapes, with no download ---------------------------------
 
-SHAPES = "disk ring square frame triangle outline bar slit".split()
+SHAPES = ("disk", "ring", "square", "frame", "triangle", "outline", "bar", "slit")
 
 def draw(index, rng):
-    """A shape on a grating, uint8 (32, 32, 3). A faint fine texture gives the class away: a cue
-    that a plainly trained network takes, and that noise and blur destroy."""
-    y, x = np.mgrid[-1:1:32j, -1:1:32j]
-    wave = lambda rate, angle: np.sin(rate * (x * np.cos(angle) + y * np.sin(angle)))[..., None]
-    u, v = ((x, y) - rng.uniform(-0.3, 0.3, (2, 1, 1))) / rng.uniform(0.4, 0.8)
-    angle, corners = np.arctan2(v, u) + rng.uniform(-0.3, 0.3), (30, 4, 3, 0)[index // 2]
-    radius = np.hypot(u, v) * np.cos(angle % (2 * np.pi / corners) - np.pi / corners) if corners \
-        else np.maximum(abs(u) * 3, abs(v)) - 0.2
-    image = rng.uniform(0.2, 0.8, 3) + 0.2 * wave(rng.uniform(4, 12), rng.uniform(0, np.pi))
-    image[(radius < 0.7) & (radius > 0.35 * (index % 2))] = rng.uniform(0, 1, 3)
-    image += 0.1 * (rng.random() < 0.7) * wave(40, np.pi * index / 8)
-    return (255 * (image + rng.normal(0, 0.03, image.shape)).clip(0, 1)).astype(np.uint8)
+    """SHAPES[index] on a grating, uint8 (64, 64, 3). A faint fine texture gives the class away: a
+    shortcut that a plainly trained network takes, and that noise and blur destroy."""
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+
+    def grating(rate, angle):
+        return np.sin(rate * (x * np.cos(angle) + y * np.sin(angle)))[..., None]
+
+    scale = rng.uniform(0.4, 0.8)
+    u = (x - rng.uniform(-0.3, 0.3)) / scale
+    v = (y - rng.uniform(-0.3, 0.3)) / scale
+    corners = (0, 4, 3, 2)[index // 2]
+    if corners == 0:
+        distance = np.hypot(u, v)
+    elif corners == 2:
+        distance = np.maximum(abs(u) * 3, abs(v)) - 0.2
+    else:
+        sector = 2 * np.pi / corners
+        angle = (np.arctan2(v, u) + rng.uniform(-0.3, 0.3)) % sector - sector / 2
+        distance = np.hypot(u, v) * np.cos(angle)
+    inside = distance < 0.7
+    if index % 2:
+        inside &= distance > 0.35
+    image = rng.uniform(0.2, 0.8, 3) + 0.2 * grating(rng.uniform(4, 12), rng.uniform(0, np.pi))
+    image[inside] = rng.uniform(0, 1, 3)
+    if rng.random() < 0.7:
+        image += 0.1 * grating(40, np.pi * index / 8)
+    image += rng.normal(0, 0.03, image.shape)
+    return (255 * image.clip(0, 1)).astype(np.uint8)
 
 def demo(folder="demo"):
-    """Draw the images, train a stand-in large student and a robust teacher, run ours and APT."""
-    rng = np.random.default_rng(0)
+    """Draw the images, train a stand-in large student and a robust teacher, tune the student by the
+    method and by its baseline APT. Raises Refusal where the folder holds other images."""
+    paths = []
     for i in range(3000):
-        path = Path(folder, "train" if i < 2400 else "val", SHAPES[i % 8], f"{i:04}.png")
+        part = "train" if i < 2400 else "val"
+        paths.append(Path(folder, part, SHAPES[i % 8], f"{i:04}.png"))
+    if not set(Path(folder).glob("*/*/*")) <= set(paths):
+        raise Refusal(f"{folder}: holds files that are not the demo's; move it away")
+    rng = np.random.default_rng(0)
+    for i, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw(i % 8, rng)).save(path)
-    config = Config(data=folder, pretrained="none", image_size=32, severity=4, batch_size=64,
-                    lr=3e-3, epochs=9, jsd=0.0, workers=2)
-    for name, augment, depths, widths in (
-            ("student", "none", (1, 1, 2, 6), (16, 32, 32, 32)),
-            ("teacher", config.augment, (1, 1, 1, 1), (8, 16, 32, 48))):
-        args = {"layers": depths, "channels": widths, "stem_type": "deep", "stem_width": 8}
-        make_teacher(replace(config, make_teacher="resnet18", model_args=args,
-                             augment=augment, out=f"{folder}/{name}.pt"))
-    for recipe in ("ours", "apt"):
-        tune_student(replace(config, student=f"{folder}/student.pt", teacher=f"{folder}/teacher.pt",
-                             recipe=recipe, epochs=4, lr=1e-3, out=f"{folder}/{recipe}.pt"))
+    common = Config(data=folder, severity=4, batch_size=64, workers=2)
+    stem = {"stem_type": "deep", "stem_width": 8}
+    student = {"layers": [1, 1, 2, 6], "channels": [16, 32, 32, 32], **stem}
+    teacher = {"layers": [1, 1, 1, 1], "channels": [16, 24, 32, 48], **stem}
+    new = replace(common, make_teacher="resnet18", pretrained="none", image_size=64, jsd=0.0,
+                  lr=3e-3)
+    train(replace(new, model_args=student, augment="none", epochs=15, out=f"{folder}/student.pt"))
+    train(replace(new, model_args=teacher, epochs=9, out=f"{folder}/teacher.pt"))
+    for recipe in ("three-heads", "apt"):
+        train(replace(common, student=f"{folder}/student.pt", teacher=f"{folder}/teacher.pt",
+                      recipe=recipe, lr=3e-3, epochs=5, out=f"{folder}/{recipe}.pt"))
     print(f"now measure what lies in {folder}/ with: python eval.py")
 
 # --- main -----------------------------------------------------------------------------------------
@@ -889,47 +1522,79 @@ def refuse(message):
     raise Refusal(message)
 
 def parse(arguments):
-    """Config from the command line; its comments are the help. Raises Refusal."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Config of the command line; raises Refusal."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = refuse
-    comments = dict(re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)))
-    how = {bool: {"action": "store_true"}, tuple: {"nargs": "*"}, dict: {"type": json.loads}}
-    for f in fields(Config):
-        choices = RECIPES if f.name == "recipe" else get_args(f.type) or None
-        kind = how.get(f.type, {"type": type(f.default), "choices": choices})
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=f.default,
-                            help=comments[f.name], **kind)
+    for field in fields(Config):
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.type is bool:
+            parser.add_argument(flag, action="store_true")
+        elif field.type is dict:
+            parser.add_argument(flag, type=json.loads)
+        else:
+            parser.add_argument(flag, type=type(field.default), default=field.default)
     config = Config(**vars(parser.parse_args(arguments)))
-    config.out = config.out or ("teacher.pt" if config.make_teacher else "robust.pt")
-    if not Path(config.out).parent.is_dir():
-        raise Refusal(f"--out {config.out}: make its folder first")
-    if Path(config.out) in map(Path, (config.student, config.teacher, config.pretrained)):
-        raise Refusal(f"--out {config.out}: would overwrite what it is made from")
-    limits = {"epochs": (1, np.inf), "batch_size": (1, np.inf), "passes": (2, np.inf),
-              "severity": (1, 10), "dropout": (0.01, 0.99), "block_dropout": (0, 0.99)}
-    for name, value in vars(config).items():
-        low, high = limits.get(name, (0, np.inf))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            raise Refusal(f"--{name.replace('_', '-')}: from {low} to {high}")
+    out = Path(config.out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise Refusal(f"--out {out}: must be a file, in a folder that exists")
+    for name in (config.student, config.teacher, config.make_teacher, config.pretrained):
+        if out.resolve() in (Path(name).resolve(), Path(name.partition(":")[2]).resolve()):
+            raise Refusal(f"--out {out}: would overwrite what it is made from")
     return config
 
+def check_settings(config):
+    """Makes the values of a Config plain, so that a checkpoint can hold them; raises Refusal where
+    one is outside of its limits."""
+    lowest = {"epochs": 1, "batch_size": 1, "passes": 2, "severity": 1, "temperature": 0.01}
+    highest = {"severity": 10, "dropout": 0.99, "block_dropout": 0.99, "fraction": 1,
+               "seed": 2**63 - 1}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        flag = f"--{field.name.replace('_', '-')} {value}"
+        if field.name == "model_args":
+            check_model_args(value or {})
+            continue
+        try:
+            value = type(field.default)(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise Refusal(f"{flag}: {error}") from error
+        setattr(config, field.name, value)
+        choices = get_args(field.type)
+        if field.name == "recipe":
+            choices = tuple(RECIPES)
+        if choices and value not in choices:
+            raise Refusal(f"{flag}: must be one of {', '.join(choices)}")
+        low = lowest.get(field.name, 0)
+        high = highest.get(field.name, 1e30)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise Refusal(f"{flag}: must be from {low} to {high}")
+    if not config.out:
+        config.out = "teacher.pt" if config.make_teacher else "robust.pt"
+
 def join_processes(device):
-    """Under torchrun: let this process speak with the others, on its own GPU."""
+    """Under torchrun: let this process speak with the others, on its own GPU; raises Refusal."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Refusal("--device cuda: torch finds no GPU here")
     if PROCESSES > 1:
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo",
-                                             timeout=timedelta(hours=2))  # they wait for rank 0
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        try:
+            torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo",
+                                                 timeout=timedelta(hours=2))
+        except (ValueError, RuntimeError) as error:
+            raise Refusal(f"RANK and WORLD_SIZE are set, as by torchrun, but {error}") from error
 
 def run(arguments):
-    """What the command line asks for; raises Refusal and OSError."""
+    """Do what the command line asks for; raises Refusal and OSError."""
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{__doc__}\n{inspect.getsource(Config)}")
+        return
     config = parse(arguments)
     join_processes(config.device)
     if not arguments:
         demo()
     elif config.make_teacher or config.student:
-        (make_teacher if config.make_teacher else tune_student)(config)
+        train(config)
     else:
         raise Refusal("give --student or --make-teacher, or no argument at all for the demo")
 
@@ -939,8 +1604,8 @@ def main(arguments=None, run=run):
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except (Refusal, OSError) as error:
-        program, text = Path(run.__code__.co_filename).name, " ".join(str(error).split())
-        print(f"{program}: {text.rpartition('Refusal: ')[2]}", file=sys.stderr)  # from a worker
+        program = Path(run.__code__.co_filename).name
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
