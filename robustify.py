@@ -119,10 +119,13 @@ class Config:
 # --- The student: M = M_h . M_s . M_b (Eq. 1) under three heads (Sec. 4.1, Figure 4) --------------
 
 class BranchDropout(nn.Module):
-    """A residual block with dropout, while training, on what it adds to its input. (The networks'
-    own dropout does not serve: open_clip's towers have none, timm's fused attention reads another
-    switch. Dropping values of the sum itself at p = 0.1 would be noise of a third of the signal. A
-    block that changes the shape adds to nothing, and gets none. The place is not in the paper.)"""
+    """A residual block with dropout, while training, on what it adds to its input.
+
+    Sec. 4.3.2 wants dropout from M_s on; the place is not in the paper. The networks' own will not
+    do: open_clip's towers have none, timm's fused attention reads another switch. Dropping values
+    of the sum at p = 0.1 would be noise of a third of the signal. Where a block changes the shape
+    there is no sum, and no dropout.
+    """
 
     def __init__(self, block):
         super().__init__()
@@ -132,7 +135,7 @@ class BranchDropout(nn.Module):
     def forward(self, x):
         y = self.block(x)
         if isinstance(self.block, ClassTokenBlock):
-            x = x[:, :1]
+            x = x[:, :1]  # it adds to the class token alone
         if not self.training or y.shape != x.shape:
             return y
         return x + self.dropout(y - x)
@@ -305,7 +308,7 @@ def student_loss(student, teacher, pixels, labels, is_clean):
                 teacher_logits[taught] = teacher(pixels[taught]).float()
             has_teacher[taught] = float(who != "nobody")
     h = student.shared(z)                                   # M_s
-    loss = {name: torch.zeros(len(labels), device=z.device) for name in HEADS}
+    loss = {name: torch.zeros(len(labels), device=z.device) for name in HEADS}  # 0 in others' rows
     for name, head in student.heads.items():
         own = rows[name]
         logits = head(h[own])                               # M_h
@@ -321,8 +324,8 @@ def student_loss(student, teacher, pixels, labels, is_clean):
 
 def dropout_masks(config, features):
     """K masks of inverted dropout (K, D): 0, or 1 / (1 - rate) where a feature is kept. They are
-    drawn once, for all images and heads, so that a prediction depends on its image alone (not in
-    the paper)."""
+    drawn once, for all images and heads, and saved with the student, so that a prediction depends
+    on its image alone (not in the paper)."""
     keep = 1 - config.dropout
     generator = torch.Generator().manual_seed(config.seed)
     draws = torch.rand(config.passes, features, generator=generator)
@@ -429,7 +432,7 @@ def read_image(path):
     """uint8 (3, H, W) of an image file, not turned by its EXIF, as is custom; raises Refusal."""
     try:
         image = Image.open(path)
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white
+        if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip to white
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         return v2.functional.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # a broken file may raise anything
@@ -489,7 +492,7 @@ class TrainingViews(Dataset):
     """D^a: (epoch, index) -> (pixels uint8 (3, size, size), label, is_clean).
 
     A fair coin makes an example clean or augmented (not in the paper); without augmentation all are
-    clean. A view is a function of (seed, epoch, index) alone, whatever workers and processes.
+    clean. What is random in a view follows from (seed, epoch, index), whatever the processes.
     """
 
     def __init__(self, samples, size, augment, config):
@@ -561,7 +564,8 @@ class Sections(NamedTuple):
     class_token: bool = False  # activations are tokens (B, N, D), of which the first is pooled
 
 class Part(nn.Module):
-    """The children and parameters of `net` named in `names`, with a forward pass of their own."""
+    """The children and parameters of `net` named in `names`, with a forward pass of their own: the
+    library's methods then run on parts that can be frozen or copied apart."""
 
     def __init__(self, net, names, run):
         super().__init__()
@@ -717,8 +721,8 @@ class Network(nn.Module):
         self.class_names = None                 # of the outputs, None where unknown
         self.text_embeddings = None             # CLIP: (names, templates, device) -> (W, scale)
         self.is_random = False                  # its weights were never trained
-        self.source = None                      # arguments of load_network for this network
-        self.architecture = None                # the same without its weights
+        self.source = None                      # load_network's arguments, for it with its weights
+        self.architecture = None                # the same, for one without weights
 
     def features(self, pixels):
         """pixels (B, 3, H, W) in [0, 1] -> (B, D), what the classifier sees."""
@@ -728,7 +732,8 @@ class Network(nn.Module):
         return self.classifier(self.features(pixels))
 
     def stages(self):
-        """All but the classifier, in order: what may be frozen, shared, or in a head."""
+        """All but the classifier, in order: what may be frozen, shared, or in a head. A ViT-B has
+        15: 0 prepare, 1 stem, 2 to 13 its blocks, 14 pool."""
         return [self.prepare, self.stem, *self.blocks, self.pool]
 
 def copy_description(source, target):
@@ -795,6 +800,8 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
     pretrained: a TAG of the library, a FILE with a state dict, "none" for random weights (drawn by
     `seed`), or "" for the default. Raises Refusal.
     """
+    name = str(name)
+    pretrained = str(pretrained)
     if name.endswith(".pt") and ":" not in name:
         if pretrained or image_size or model_args:
             raise Refusal(f"{name}: has its own weights, size and arguments; give no --pretrained, "
@@ -933,7 +940,8 @@ def read_checkpoint(path, kind):
     Raises Refusal, also where a bit of it was changed."""
     content = read_tensors(path)
     found = str(content.get("format")) if isinstance(content, dict) else ""
-    if not found.startswith("robustify ") or kind not in (found.removeprefix("robustify "), "any"):
+    ours = found.startswith("robustify ")
+    if not ours or (kind != "any" and found != f"robustify {kind}"):
         raise Refusal(f"{path}: not a {kind} that robustify.py wrote")
     with refusing_damage(path):
         if content.pop("sha256", "") != digest(content):
@@ -948,13 +956,14 @@ def digest(content):
         if isinstance(value, dict):
             value = list(value.items())
         if isinstance(value, (list, tuple)):
+            total.update(f"[{len(value)}]".encode())
             for part in value:
                 add(part)
         elif isinstance(value, torch.Tensor):
             total.update(f"{tuple(value.shape)}{value.dtype}".encode())
             total.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
         else:
-            total.update(repr(value).encode())
+            total.update(f"{value!r};".encode())
 
     add(content)
     return total.hexdigest()
@@ -1071,7 +1080,10 @@ def read_network(path):
     saved = read_checkpoint(path, "network")
     with refusing_damage(path):
         state = saved["state"]
-        network = load_network(**{**saved["architecture"], "pretrained": "none"})
+        architecture = saved["architecture"]
+        if re.search(r"[:/]|\.pt$", architecture["name"]):
+            raise ValueError("its architecture is a file")
+        network = load_network(**{**architecture, "pretrained": "none"})
         classifier = {k.removeprefix("classifier."): v for k, v in state.items()
                       if k.startswith("classifier.")}
         network.classifier = classifier_from(classifier, zero_shot=False)
@@ -1096,7 +1108,8 @@ def teacher_loss(student, jsd, pixels, labels):
     return F.cross_entropy(logits[:len(labels)], labels) + jsd * divergence
 
 def save_teacher(student, network, path):
-    """Write the whole Network that `student`, cut at the pixels, was tuned from, as it is now."""
+    """Write the whole Network that `student` was tuned from, as it is now: cut at the pixels, its
+    shared section and head hold stem, blocks, pool and classifier in order."""
     head = student.heads["combined"]
     stages = [*student.shared, *head.body]
     tuned = copy.copy(network)
@@ -1180,8 +1193,9 @@ def training_step(student, optimizer, loss_of, batch, config):
 def fit(student, loss_of, views, config, write):
     """Eq. 2: minimise loss_of(pixels, labels, is_clean) over theta_s and theta_h.
 
-    views: TrainingViews. write(): saves the student, after each epoch. All that is random follows
-    from (seed, rank, step), so that --resume needs weights, optimiser and step alone. Raises
+    views: TrainingViews. write(): saves the student, after each epoch. Dropout follows from
+    (seed, rank, step), views and order from the seed, so that --resume needs weights, optimiser and
+    step alone. Raises
     Refusal where a loss, gradient or weight is not finite.
     """
     student.to(config.device)
@@ -1225,6 +1239,8 @@ def fit(student, loss_of, views, config, write):
             bar.update()
     if RANK == 0:
         state_file(config).unlink(missing_ok=True)
+    if PROCESSES > 1:
+        torch.distributed.barrier()  # the others may read what rank 0 wrote
 
 def check_finite(student):
     """Raises FloatingPointError, naming the first tuned tensor that holds NaN or infinity."""
@@ -1246,26 +1262,34 @@ def state_file(config):
     """Where an interrupted run leaves what --resume goes on from."""
     return Path(f"{config.out}.state")
 
+def settings_of(student, images, config):
+    """What must be the same when a run goes on, and FREE_TO_CHANGE."""
+    teacher = Path(config.teacher)
+    teacher_digest = hashlib.sha256(teacher.read_bytes()).hexdigest() if teacher.is_file() else ""
+    return {**asdict(config), "processes": PROCESSES, "images": images,
+            "classes": student.class_names, "content of the teacher": teacher_digest}
+
 def write_state(student, optimizer, step, images, config):
     """All that --resume needs after `step` steps. The probe is in it since a GPU does not repeat it
     to the bit."""
     write_checkpoint("state", {
-        "settings": {**asdict(config), "processes": PROCESSES, "images": images}, "step": step,
+        "settings": settings_of(student, images, config), "step": step,
         "tuned": tuned_state(student), "optimizer": optimizer.state_dict(),
         "original": student.original.state_dict(), "backbone": fingerprint(student.backbone)},
         state_file(config))
 
 def read_state(student, optimizer, images, config):
     """Sets student and optimizer to the state beside config.out; returns its step, 0 where there is
-    none. Raises Refusal where it is of other settings or another network, or the run is over."""
+    none. Raises Refusal where it is of other settings or another M_b, or the run is over."""
     path = state_file(config)
     if not path.is_file():
         if Path(config.out).is_file():
-            raise Refusal(f"--resume: {config.out} is finished; remove it to start anew")
+            raise Refusal(f"--resume: {config.out} is finished, or of another run: there is no "
+                          f"{path}; remove {config.out} to start anew")
         return 0
     saved = read_checkpoint(path, "state")
     with refusing_damage(path):
-        settings = {**asdict(config), "processes": PROCESSES, "images": images}
+        settings = settings_of(student, images, config)
         for name, value in saved["settings"].items():
             if name not in FREE_TO_CHANGE and settings[name] != value:
                 raise Refusal(f"--resume: {name} was {value} and is now {settings[name]}; give the "
@@ -1428,6 +1452,8 @@ def train(config):
         raise Refusal("--zero-shot keeps the classifier: not with --make-teacher or --recipe lp")
     if config.augment == "none" and "unclean" in recipe.heads:
         raise Refusal("--augment none: the unclean head would have nothing to learn from")
+    if config.dropout == 0 and config.rule in ("kl-u", "u") and "unclean" in recipe.heads:
+        raise Refusal(f"--dropout 0: leaves no uncertainty for --rule {config.rule} to compare")
     samples, class_names = training_images(config)
     teacher = load_teacher(config, class_names) if needs_teacher else None
     count_steps(len(samples), config)  # refuses before the long work
@@ -1535,8 +1561,8 @@ def parse(arguments):
             parser.add_argument(flag, type=type(field.default), default=field.default)
     config = Config(**vars(parser.parse_args(arguments)))
     out = Path(config.out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise Refusal(f"--out {out}: must be a file, in a folder that exists")
+    if out.is_dir() or out.suffix != ".pt" or not os.access(out.parent, os.W_OK):
+        raise Refusal(f"--out {out}: must be a file NAME.pt in a folder that can be written")
     for name in (config.student, config.teacher, config.make_teacher, config.pretrained):
         if out.resolve() in (Path(name).resolve(), Path(name.partition(":")[2]).resolve()):
             raise Refusal(f"--out {out}: would overwrite what it is made from")
@@ -1576,12 +1602,12 @@ def join_processes(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda: torch finds no GPU here")
     if PROCESSES > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         try:
+            if device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo",
                                                  timeout=timedelta(hours=2))
-        except (ValueError, RuntimeError) as error:
+        except (LookupError, ValueError, RuntimeError) as error:
             raise Refusal(f"RANK and WORLD_SIZE are set, as by torchrun, but {error}") from error
 
 def run(arguments):
