@@ -1,15 +1,15 @@
 """Tests of robustify.py and eval.py, each against an independent oracle; no downloads, no GPU."""
 
 import colorsys
+import contextlib
 import copy
 import doctest
-import errno
 import io
 import json
 import math
 import multiprocessing
 import os
-import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -160,33 +160,31 @@ def robustify(trained, out, *flags):
 
 # --- The split equals the library's whole network -------------------------------------------------
 
-SMALL = {**VIT, "img_size": 32}
-TORCHVISION = {"image_size": 32, "patch_size": 16, "num_layers": 3, "num_heads": 2,
-               "hidden_dim": 32, "mlp_dim": 64}
 FAMILIES = {  # name: (library, name there, size, arguments)
     "CLIP ViT": ("open_clip", "test-vit", 32, {}),
     "CLIP ResNet": ("open_clip", "test-rn", 64, {}),
-    "timm ViT": ("timm", "vit_tiny_patch16_224", 32, SMALL),
+    "timm ViT": ("timm", "vit_tiny_patch16_224", 32, VIT),
     "mean of tokens": ("timm", "vit_tiny_patch16_224", 32,
-                       {**SMALL, "global_pool": "avg", "class_token": False}),
-    "attention pool": ("timm", "vit_base_patch16_siglip_224", 32, SMALL),
-    "DINOv2": ("timm", "vit_small_patch14_reg4_dinov2", 28,
-               {**VIT, "patch_size": 14, "img_size": 28}),
+                       {**VIT, "global_pool": "avg", "class_token": False}),
+    "attention pool": ("timm", "vit_base_patch16_siglip_224", 32, VIT),
+    "DINOv2": ("timm", "vit_small_patch14_reg4_dinov2", 28, {**VIT, "patch_size": 14}),
     "timm ResNet": ("timm", "resnet18", 32, NARROW),
     "EfficientNet": ("timm", "tf_efficientnet_lite0", 64, {}),
-    "torchvision ViT": ("torchvision", "vit", 32, TORCHVISION),
-    "hidden layer": ("torchvision", "vit", 32, {**TORCHVISION, "representation_size": 24}),
-}
+    "torchvision ViT": ("torchvision", "vit", 32, {
+        "image_size": 32, "patch_size": 16, "num_layers": 3, "num_heads": 2, "hidden_dim": 32,
+        "mlp_dim": 64, "representation_size": 24})}
 
 def network_of(family):
     """(our Network, the library's network with a classifier), of the same random weights."""
     library, name, size, arguments = FAMILIES[family]
     if library == "open_clip":
         net = open_clip.create_model(name).visual
-    elif library == "timm":
-        net = timm.create_model(name, num_classes=5, **arguments)
-    else:
+    elif library == "torchvision":
         net = torchvision.models.VisionTransformer(num_classes=5, **arguments)
+    elif "patch" in name:
+        net = timm.create_model(name, num_classes=5, img_size=size, **arguments)
+    else:
+        net = timm.create_model(name, num_classes=5, **arguments)
     randomise(net)
     network = rb.Network(copy.deepcopy(net), size, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)).eval()
     if network.classifier is not None:
@@ -204,7 +202,6 @@ def test_split_equals_whole(family):
     mean = torch.tensor([0.4, 0.5, 0.6])[:, None, None]
     std = torch.tensor([0.2, 0.25, 0.3])[:, None, None]
     expected = net((x - mean) / std)
-    assert expected.shape == (4, 5)
     assert expected.std(0).min() > 1e-3  # the images differ
     assert rb.count_parameters(network) == rb.count_parameters(net)
     student = rb.assemble(network, rb.Config(fraction=0.3))
@@ -218,33 +215,14 @@ def test_split_equals_whole(family):
             assert torch.allclose(logits, expected, atol=1e-6)
             assert torch.equal(logits, expected) or not whole
 
-def test_class_token_block():
-    """The cheap last block of a CLIP ViT equals the library's, forward and backward."""
-    block = network_of("CLIP ViT")[0].blocks[-1].block
-    assert isinstance(block, rb.ClassTokenBlock)
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-14)):
-        results = []
-        for whole in (True, False):
-            block.to(dtype).whole = whole
-            block.zero_grad()
-            tokens = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-            y = block(tokens.requires_grad_(True))
-            y.square().mean().backward()
-            results.append([y, tokens.grad, *[p.grad for p in block.parameters()]])
-        for slow, fast in zip(*results):
-            assert slow.abs().max() > 0
-            assert (slow - fast).norm() <= tolerance * slow.norm()
-
-@pytest.mark.parametrize("family, blocks", [("CLIP ResNet", 5), ("timm ViT", 3)])
-def test_cut_is_the_best(family, blocks):
-    """Against a brute-force count by parameter name, and against what assemble tunes."""
-    network, _ = network_of(family)
+def test_cut_is_the_best():
+    """Against a brute-force count by parameter name."""
+    network, _ = network_of("timm ViT")
     sizes = {name: p.numel() for name, p in network.named_parameters()}
     whole = sum(sizes.values())
-    cuts = set()
-    for fraction, head_blocks in ((0.05, 1), (0.2, 0), (0.2, 1), (0.2, 2), (0.6, 1)):
+    for fraction, head_blocks in ((0.05, 1), (0.2, 0), (0.2, 2), (0.6, 1)):
         choices = [whole]
-        for first in range(blocks - head_blocks + 1):
+        for first in range(3 - head_blocks + 1):
             frozen = ("stem.", *[f"blocks.{i}." for i in range(first)])
             choices.append(sum(n for name, n in sizes.items() if not name.startswith(frozen)))
         best = min(choices, key=lambda n: abs(n / whole - fraction))
@@ -252,55 +230,32 @@ def test_cut_is_the_best(family, blocks):
         student = rb.assemble(network, config)
         assert sum(p.numel() for p in student.parameters() if p.requires_grad) == best
         assert len(student.heads["combined"].body) == head_blocks + 1  # and the pool
-        cuts.add(best)
-    assert len(cuts) > 1
 
-HEADS_OF = {"three-heads": 3, "combined-head": 1, "single-teacher": 1, "apt": 1}
-
-@pytest.mark.parametrize("recipe", rb.RECIPES)
-def test_what_a_recipe_tunes(recipe):
+@pytest.mark.parametrize("recipe, first", [("lp", 4), ("apt", 2), ("ft", 0)])
+def test_what_a_recipe_tunes(recipe, first):
+    """Of four blocks those from `first` on; the stem too from 0 on, the classifier alone from 4."""
     network = make_network()
     student = make_student(recipe=recipe)
-    last = rb.count_parameters(network.blocks[3], network.pool, network.classifier)
-    expected = rb.count_parameters(network.blocks[2]) + HEADS_OF.get(recipe, 0) * last
-    if recipe == "lp":
-        expected = 16 * 4 + 4
-    if recipe.startswith("ft"):
+    expected = rb.count_parameters(network.blocks[first:], network.classifier)
+    if recipe == "ft":
         expected = rb.count_parameters(network)
     assert sum(p.numel() for p in student.parameters() if p.requires_grad) == expected
     x = images_of(3)
     assert torch.equal(student.original(student.backbone(x)), network(x))
 
-@pytest.mark.parametrize("fraction, remark", [(0.2, False), (0.05, True)])
-def test_share_is_printed_as_it_is(fraction, remark, trained, tmp_path, capsys):
-    flags = [f"--fraction={fraction}", "--recipe=apt"]
+def test_share_is_printed_as_it_is(trained, tmp_path, capsys):
+    flags = ["--fraction=0.05", "--recipe=apt"]
     assert rb.main(robustify(trained, tmp_path / "out.pt", *flags)) == 0
     student = rb.load(tmp_path / "out.pt")
     tuned = rb.count_parameters(student.shared, student.heads)
     share = tuned / (tuned + rb.count_parameters(student.backbone))
     printed = capsys.readouterr().out
-    assert f"apt: {share:.1%} of" in printed
-    assert "shared nothing" in printed
-    assert ("not --fraction" in printed) == remark
+    for text in (f"apt: {share:.1%} of", "shared nothing", "not --fraction 5.0%"):
+        assert text in printed
 
-# --- Gradients, and what stays frozen -------------------------------------------------------------
+# --- Gradients and loss ---------------------------------------------------------------------------
 
-IS_CLEAN = {"clean": [1, 1, 1, 1], "augmented": [0, 0, 0, 0], "mixed": [1, 0, 0, 1]}
-
-@pytest.mark.parametrize("kind", IS_CLEAN)
-def test_gradients_reach_their_parts(kind):
-    student = make_student().train()
-    is_clean = torch.tensor(IS_CLEAN[kind]).bool()
-    rb.student_loss(student, make_network(1), images_of(4), torch.arange(4), is_clean).backward()
-    reached = {"clean": is_clean.any(), "unclean": (~is_clean).any()}
-    for name, part in [("shared", student.shared), *student.heads.items()]:
-        for p in part.parameters():
-            assert p.grad.any() == reached.get(name, True), name
-    for part in (student.backbone, student.original):
-        assert all(p.grad is None for p in part.parameters())
-
-@pytest.mark.parametrize("recipe, is_random", [
-    ("three-heads", False), ("ft-augmented", False), ("ft-augmented", True)])
+@pytest.mark.parametrize("recipe, is_random", [("three-heads", False), ("ft", False), ("ft", True)])
 def test_training_leaves_the_frozen_alone(recipe, is_random):
     """Batch-norm statistics move only where a network begins at random weights."""
     network = make_network()
@@ -313,20 +268,6 @@ def test_training_leaves_the_frozen_alone(recipe, is_random):
         if "running" in name or "num_batches" in name:
             moves = moves and is_random
         assert torch.equal(value, before[name]) != moves, name
-
-def test_decay_spares_biases_norms_and_cosine_rows():
-    student = clip_student(trained=True, weight_decay=0.3)
-    decays = {}
-    for group in rb.make_optimizer(student, student.config).param_groups:
-        for p in group["params"]:
-            decays[p] = group["weight_decay"]
-    named = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    assert len(decays) == len(named)
-    for name, p in named.items():
-        spared = p.ndim == 1 or name.endswith("classifier.weight")
-        assert decays[p] == (0 if spared else 0.3), name
-
-# --- The loss -------------------------------------------------------------------------------------
 
 TAUGHT_BY = {"three-heads": ("original", "robust"), "combined-head": ("original", "robust"),
              "single-teacher": ("robust", "robust")}  # clean examples, augmented ones
@@ -350,19 +291,29 @@ def slow_loss(student, teacher, pixels, labels, is_clean):
                     total += student.config.distill_weight * T**2 * kl_divergence(p, q)
     return total / len(labels)
 
-@pytest.mark.parametrize("kind", IS_CLEAN)
+@pytest.mark.parametrize("is_clean", [[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]])
 @pytest.mark.parametrize("recipe", rb.RECIPES)
-@torch.no_grad()
-def test_student_loss_is_the_slow_loss(recipe, kind):
+def test_student_loss_is_the_slow_loss(recipe, is_clean):
+    """Its value, and its gradient in each tensor: none where a head learns from no example."""
     student = differ(make_student(recipe=recipe, temperature=3.0, distill_weight=0.7))
     teacher = make_network(1)
-    batch = images_of(4), torch.tensor([3, 1, 0, 2]), torch.tensor(IS_CLEAN[kind]).bool()
-    found = rb.student_loss(student, teacher, *batch)
-    assert torch.allclose(found, slow_loss(student, teacher, *batch), rtol=1e-4)
+    batch = images_of(4), torch.tensor([3, 1, 0, 2]), torch.tensor(is_clean).bool()
+    results = []
+    for loss_of in (rb.student_loss, slow_loss):
+        student.zero_grad()
+        loss = loss_of(student, teacher, *batch)
+        loss.backward()
+        gradients = {}
+        for name, p in student.named_parameters():
+            assert p.requires_grad or p.grad is None
+            gradients[name] = torch.zeros(1) if p.grad is None else p.grad
+        results.append({"loss": loss, **gradients})
+    for name, slow in results[1].items():
+        found = results[0][name]
+        assert torch.allclose(found, slow.expand_as(found), rtol=1e-3, atol=1e-4), name
 
-@pytest.mark.parametrize("jsd", [0.0, 12.0])
 @torch.no_grad()
-def test_teacher_loss(jsd):
+def test_teacher_loss():
     network = make_network()
     student = rb.assemble(network, rb.Config(recipe="ft-augmented"))
     views = images_of(6).reshape(2, 3, 3, 32, 32)
@@ -372,23 +323,15 @@ def test_teacher_loss(jsd):
         logits = network(example)
         expected -= Categorical(logits=logits[0]).log_prob(label) / 2
         mixture = Categorical(probs=logits.softmax(-1).mean(0))
-        expected += jsd * kl_divergence(Categorical(logits=logits), mixture).mean() / 2
-    assert torch.allclose(rb.teacher_loss(student, jsd, views, labels), expected, rtol=1e-4)
+        expected += 12.0 * kl_divergence(Categorical(logits=logits), mixture).mean() / 2
+    assert torch.allclose(rb.teacher_loss(student, 12.0, views, labels), expected, rtol=1e-4)
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16(family):
-    """As on a GPU: a float32 loss, finite gradients, no mixed types; and a whole cast predicts."""
-    network, _ = network_of(family)
-    student = rb.assemble(network, rb.Config(fraction=0.3)).train()
-    x = images_of(4, network.size)
-    teacher = rb.load_network("resnet18", "none", 32, {**NARROW, "num_classes": 5})
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = rb.student_loss(student, teacher, x, torch.arange(4), torch.arange(4) < 2)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert all(p.grad.isfinite().all() for p in student.parameters() if p.requires_grad)
-    expected = student.eval().predict(x).phi
-    found = student.to(torch.bfloat16).predict(x.to(torch.bfloat16)).phi
+@torch.no_grad()
+def test_bfloat16():
+    """A student that is cast as a whole predicts."""
+    student = clip_student(trained=True)
+    expected = student.predict(images_of(4)).phi
+    found = student.to(torch.bfloat16).predict(images_of(4).to(torch.bfloat16)).phi
     for name in rb.HEADS:
         assert torch.allclose(found[name].float(), expected[name], atol=0.1)
 
@@ -401,31 +344,22 @@ def test_kl_divergence():
     near = p * (1 + 1e-6 * q)
     assert rb.kl_divergence(p, near / near.sum(-1, keepdim=True)).min() >= 0
     one = torch.eye(3)[:1]
-    assert rb.kl_divergence(one, one) == 0
     assert 80 < rb.kl_divergence(one, one.roll(1, dims=1)) < math.inf
 
 def test_mc_dropout_is_a_loop_over_masks():
+    """A logit has the closed form of inverted dropout: variance p / (1 - p) * sum w^2 f^2."""
     torch.manual_seed(0)
     classifier = nn.Linear(16, 3)
     features = torch.randn(4, 16)
-    masks = (torch.rand(7, 16) < 0.8) / 0.8
-    phi, uncertainty = rb.mc_dropout(classifier, features, masks)
+    masks = rb.dropout_masks(rb.Config(passes=4000, dropout=0.3), 16)
+    closed = 0.3 / 0.7 * (features**2 @ classifier.weight.T**2)
+    ratio = classifier(features[:, None] * masks).var(1, correction=0) / closed
+    assert ratio.mean().item() == pytest.approx(1, abs=0.05)
+    phi, uncertainty = rb.mc_dropout(classifier, features, masks[:7])
     for i, f in enumerate(features):
-        passes = np.array([classifier(f * mask).softmax(-1).tolist() for mask in masks])
+        passes = np.array([classifier(f * mask).softmax(-1).tolist() for mask in masks[:7]])
         assert phi[i].tolist() == pytest.approx(passes.mean(0).tolist(), abs=1e-6)
         assert uncertainty[i].item() == pytest.approx(passes.std(0).mean(), abs=1e-6)
-
-def test_mask_variance_has_its_closed_form():
-    """Inverted dropout before a linear layer: mean w f, variance p / (1 - p) * sum w^2 f^2."""
-    torch.manual_seed(0)
-    head = nn.Linear(64, 6)
-    f = torch.randn(8, 64)
-    masks = rb.dropout_masks(rb.Config(passes=4000, dropout=0.3), 64)
-    logits = head(f[:, None] * masks).double()  # (B, K, C)
-    closed = 0.3 / 0.7 * (f**2 @ head.weight.T**2).double()
-    ratio = logits.var(1, correction=0) / closed
-    assert ratio.mean().item() == pytest.approx(1, abs=0.05)
-    assert ((logits.mean(1) - head(f)).abs() < 5 * (closed / 4000).sqrt()).all()
 
 # Three images: rules "u" and "kl-u" disagree; a tie; KL(m || k) and KL(k || m) disagree.
 PHI_M = torch.tensor([[.5, .5, 0], [.5, .5, 0], [.4, .4, .2]])
@@ -448,42 +382,31 @@ def test_select_head_rules(rule, expected, mirrored):
     found = rb.select_head(phi, u, rule)
     assert "".join(rb.HEADS[i][0] for i in found) == mirrored  # ties stay clean
 
-@pytest.mark.parametrize("rule", ["kl-u", "u", "kl", "confidence"])
 @torch.no_grad()
-def test_predict_returns_the_chosen_head(rule):
+def test_predict_returns_the_chosen_head():
     torch.manual_seed(0)
-    head = nn.Linear(16, 4)
     x = torch.randn(64, 16)
-    config = rb.Config(rule=rule, dropout=0.4)
-    student = differ(rb.RobustStudent(nn.Identity(), nn.Sequential(), head, config), 1.0)
-    state = torch.get_rng_state()
-    found = student.predict(x)
-    assert torch.equal(torch.get_rng_state(), state)  # it does not disturb others' numbers
-    uncertainty = {}
-    for name, head in student.heads.items():
-        phi, uncertainty[name] = rb.mc_dropout(head.classifier, x, student.masks)
-        assert torch.equal(phi, found.phi[name])
-    assert torch.equal(found.head, rb.select_head(found.phi, uncertainty, rule))
-    assert len(set(found.head.tolist())) == 2  # each head is chosen by some image
+    config = rb.Config(rule="confidence", dropout=0.4)
+    student = rb.RobustStudent(nn.Identity(), nn.Sequential(), nn.Linear(16, 4), config)
+    found = differ(student, 1.0).predict(x)
+    assert torch.equal(found.head, rb.select_head(found.phi, None, "confidence"))
+    assert len(set(found.head.tolist())) == 2
     for i, index in enumerate(found.head):
         name = rb.HEADS[index]
         assert torch.equal(found.probabilities[i], found.phi[name][i])
-        assert torch.equal(found.uncertainty[i], uncertainty[name][i])
-    torch.manual_seed(2)
-    assert torch.equal(student(x), found.probabilities)
-    alone = torch.cat([student(row[None]) for row in x])
-    assert torch.allclose(alone, found.probabilities, atol=1e-6)  # whatever the batch
+        alone = student.predict(x[i:i + 1])  # whatever the batch
+        assert torch.allclose(alone.probabilities[0], found.probabilities[i], atol=1e-6)
+        assert torch.allclose(alone.uncertainty[0], found.uncertainty[i], atol=1e-6)
 
-@pytest.mark.parametrize("activation", [lambda: nn.SiLU(inplace=True), Overwrites])
-def test_in_place_activations_do_no_harm(activation):
+@torch.no_grad()
+def test_in_place_activations_do_no_harm():
     expected = rb.RobustStudent(**own_modules())
-    student = rb.RobustStudent(**own_modules(activation))
-    z = student.backbone(images_of(4))
-    found = student.predict_from(z).phi
-    for name, phi in expected.predict(images_of(4)).phi.items():
-        assert torch.allclose(found[name], phi, atol=1e-6)
-    original = expected.original_probabilities(expected.backbone(images_of(4)))
-    assert torch.allclose(student.original_probabilities(z), original, atol=1e-6)
+    for activation in (partial(nn.SiLU, inplace=True), Overwrites):
+        student = rb.RobustStudent(**own_modules(activation))
+        z = student.backbone(images_of(4))
+        found = student.predict_from(z).phi
+        for name, phi in expected.predict(images_of(4)).phi.items():
+            assert torch.allclose(found[name], phi, atol=1e-6)
 
 def test_docstring_example_runs():
     found = doctest.testmod(rb)
@@ -493,23 +416,13 @@ def test_docstring_example_runs():
 @torch.no_grad()
 def test_interpolation_with_the_original(tmp_path):
     """WiSE-FT."""
-    path = tmp_path / "robust.pt"
-    student = differ(rb.RobustStudent(**own_modules(), config=rb.Config(dropout=0.0)))
-    rb.save(student, path)
-    x = images_of(4)
-    original = student.original_probabilities(student.backbone(x))
-    assert not torch.allclose(student.predict(x).phi["clean"], original, atol=1e-3)
-    start = rb.load(path, **own_modules(), alpha=0)
-    assert torch.allclose(start.predict(x).phi["clean"], original, atol=1e-6)
-    assert torch.equal(rb.interpolated(student, 1.0)(x), student(x))
-    half = rb.load(path, **own_modules(), alpha=0.5)
-    for name in rb.HEADS:
-        start = student.original.parameters()
-        end = [*student.shared.parameters(), *student.heads[name].parameters()]
-        found = [*half.shared.parameters(), *half.heads[name].parameters()]
-        for a, b, c in zip(start, end, found, strict=True):
-            assert torch.allclose(c, (a + b) / 2, atol=1e-6)
-    assert torch.equal(half.original_probabilities(half.backbone(x)), original)
+    student = differ(rb.RobustStudent(**own_modules()))
+    rb.save(student, tmp_path / "robust.pt")
+    for alpha in (0, 0.5):
+        mixed = rb.load(tmp_path / "robust.pt", **own_modules(), alpha=alpha)
+        expected = alpha * student.heads["clean"].classifier.weight
+        expected += (1 - alpha) * student.original[1][-1].weight
+        assert torch.allclose(mixed.heads["clean"].classifier.weight, expected, atol=1e-6)
 
 # --- CLIP: zero-shot and visually encoded ---------------------------------------------------------
 
@@ -558,7 +471,8 @@ def test_clip_logits_by_hand():
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_training_tunes_a_clip_classifier_in_ve_alone(trained):
-    student = clip_student(trained, lr=1e-2)
+    """Its rows stay of length 1; neither they nor biases and norms decay."""
+    student = clip_student(trained, lr=1e-2, weight_decay=0.3)
     before = copy.deepcopy(student.heads["combined"].state_dict())
     step_on(student, clip_network(True), (images_of(3), torch.arange(3), torch.arange(3) < 2))
     after = student.heads["combined"].state_dict()
@@ -567,6 +481,11 @@ def test_training_tunes_a_clip_classifier_in_ve_alone(trained):
         assert torch.equal(after[name], before[name]) != moves, name
     lengths = after["classifier.weight"].norm(dim=-1)
     assert torch.allclose(lengths, torch.ones(3), atol=1e-6)
+    decayed, spared = rb.make_optimizer(student, student.config).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0)
+    names = {p: name for name, p in student.named_parameters()}
+    assert all(p.ndim > 1 and "classifier" not in names[p] for p in decayed["params"])
+    assert all(p.ndim == 1 or "classifier" in names[p] for p in spared["params"])
 
 def test_probe_keeps_unit_rows_and_accuracy():
     """Decay of rows whose length is divided out would shrink them to nothing."""
@@ -603,7 +522,6 @@ def test_clip_takes_new_classes(tmp_path):
 @torch.no_grad()
 def test_quick_gelu_follows_the_tag(monkeypatch):
     """OpenAI's weights need QuickGELU, though the plain name of the architecture says GELU."""
-    assert open_clip.get_pretrained_cfg("ViT-L-14", "openai")["quick_gelu"]
     create = open_clip.create_model
 
     def create_without_weights(name, pretrained, **arguments):
@@ -619,9 +537,8 @@ def test_quick_gelu_follows_the_tag(monkeypatch):
         assert torch.equal(found, default) != quick
 
 @pytest.mark.parametrize("known, names, is_kept", [
-    (list("abcd"), list("abcd"), True), (list("abcd"), list("abce"), False),
-    (list("abcd"), list("badc"), False), (None, list("abcd"), False),
-    (WNIDS, WNIDS, True), (WNIDS, WNIDS[::-1], False)])
+    (list("abcd"), list("abcd"), True), (list("abcd"), list("badc"), False),
+    (None, list("abcd"), False), (WNIDS, WNIDS, True), (WNIDS, WNIDS[::-1], False)])
 def test_classifier_is_kept_for_its_own_classes_alone(known, names, is_kept, monkeypatch, tmp_path):
     network = make_network()
     network.class_names = known
@@ -630,13 +547,12 @@ def test_classifier_is_kept_for_its_own_classes_alone(known, names, is_kept, mon
         torch.save(timm.create_model("resnet18", **NARROW).state_dict(), tmp_path / "plain.pth")
         network = rb.load_network(f"resnet18:{tmp_path}/plain.pth", model_args=NARROW)
     before = network.classifier
-    fitted = []
+    probe = Mock()
     monkeypatch.setattr(rb, "all_features", Mock(return_value=[]))
-    monkeypatch.setattr(rb, "linear_probe", fitted.append)
+    monkeypatch.setattr(rb, "linear_probe", probe)
     rb.give_classifier(network, [], names, rb.Config(device="cpu"))
     assert (network.classifier is before) == is_kept
-    assert fitted == ([] if is_kept else [network.classifier])
-    assert network.class_names == names
+    assert probe.called != is_kept
     assert len(network.classifier.weight) == len(names)
 
 # --- On a GPU that is not there -------------------------------------------------------------------
@@ -667,47 +583,37 @@ def move_fakes(module, device):
             setattr(part, name, copy_fake(tensor, device=device))
     return module
 
-@pytest.mark.parametrize("case", ["three heads", "teacher on the CPU", "make-teacher", "zero-shot"])
+@pytest.mark.parametrize("case", ["three-heads", "make-teacher", "zero-shot"])
 def test_everything_is_on_the_gpu(case, monkeypatch):
     """Fake tensors compute devices alone, and raise where two are mixed."""
     monkeypatch.setattr(torch.Tensor, "__deepcopy__", copy_fake)
     monkeypatch.setattr(nn.Module, "to", move_fakes)
-    templates = open_clip.OPENAI_IMAGENET_TEMPLATES[:2]
     with FakeTensorMode(), MasksSelectTwo():
-        arguments = ["resnet18", "none", 32, {**NARROW, "num_classes": 2}]
-        network = rb.load_network(*arguments)
-        teacher = rb.load_network(*arguments)
-        config = rb.Config(zero_shot=case == "zero-shot")
-        if case == "make-teacher":
-            config.recipe = "ft-augmented"
+        network = rb.load_network("resnet18", "none", 32, {**NARROW, "num_classes": 2})
+        teacher = rb.load_network("resnet18", "none", 32, {**NARROW, "num_classes": 2})
         if case == "zero-shot":
             network = rb.load_network("test-vit", "none")
-            weight, scale = network.text_embeddings(["ant", "bee"], templates, device="cuda")
-            network.classifier = rb.CosineClassifier(weight, scale, trained=False)
-        student = rb.assemble(network, config).to("cuda").train()
-        if case != "teacher on the CPU":
-            teacher.to("cuda")
+            embeddings = network.text_embeddings(["ant", "bee"], device="cuda")
+            network.classifier = rb.CosineClassifier(*embeddings, trained=False)
+        student = rb.assemble(network, rb.Config(zero_shot=case == "zero-shot")).to("cuda").train()
         pixels = torch.rand(4, 3, 32, 32, device="cuda")
         labels = torch.zeros(4, dtype=torch.long, device="cuda")
-        if case == "teacher on the CPU":
-            with pytest.raises(RuntimeError, match="device"):
-                rb.student_loss(student, teacher, pixels, labels, labels == 0)
-            return
         if case == "make-teacher":
             loss = rb.teacher_loss(student, 12.0, torch.stack([pixels] * 3, dim=1), labels)
         else:
-            loss = rb.student_loss(student, teacher, pixels, labels, labels == 0)
+            with pytest.raises(RuntimeError, match="device"):  # the teacher is on the CPU
+                rb.student_loss(student, teacher, pixels, labels, labels == 0)
+            loss = rb.student_loss(student, teacher.to("cuda"), pixels, labels, labels == 0)
         if case == "zero-shot":
             names = ["dog", "elk", "fox"]
-            found = student.text_embeddings(names, templates, device="cuda")
-            rb.set_classes(student, names, *found)
+            rb.set_classes(student, names, *student.text_embeddings(names, device="cuda"))
         found = student.eval().predict(pixels)
         original = student.original_probabilities(student.backbone(pixels))
         half = rb.interpolated(student, 0.5)(pixels)
         for tensor in (loss, original, half, found.probabilities, found.head, found.uncertainty):
             assert tensor.device.type == "cuda"
 
-# --- Views ----------------------------------------------------------------------------------------
+# --- Data: views ----------------------------------------------------------------------------------
 
 @pytest.fixture
 def samples(tmp_path):
@@ -724,47 +630,38 @@ def test_views_depend_on_seed_epoch_and_index_alone(samples):
     found = []
     for workers in (0, 2):
         torch.manual_seed(workers)
-        batches = rb.batches(views, iter(keys), 5, workers)
-        found.append([torch.cat(column) for column in zip(*batches)])
-    for one, other in zip(*found):
-        assert torch.equal(one, other)
-    pixels, labels, _ = found[0]
-    assert labels.tolist() == [*range(12), *range(12)]
+        pixels = [batch[0] for batch in rb.batches(views, iter(keys), 5, workers)]
+        found.append(torch.cat(pixels))
+    assert torch.equal(found[0], found[1])
     for place in reversed(range(24)):  # one by one, in another order
-        assert torch.equal(views[keys[place]][0], pixels[place])
-    others = views_of(samples, seed=4)
-    for another in (pixels[12:], [others[key][0] for key in keys[:12]]):
-        assert sum(torch.equal(a, b) for a, b in zip(another, pixels)) < 6
+        assert torch.equal(views[keys[place]][0], found[0][place])
+    other_seed = torch.stack([views_of(samples, seed=4)[key][0] for key in keys[:12]])
+    for another in (found[0][12:], other_seed):
+        assert sum(torch.equal(a, b) for a, b in zip(another, found[0])) < 6
 
 def test_views_compute_on_one_thread_and_seed_no_one_else(samples, monkeypatch):
-    """Not the generator outside, not a GPU, even where an image cannot be read."""
-    threads = []
-
+    """Not the generator outside, not a GPU."""
     def noise2net(image):
-        threads.append(torch.get_num_threads())
+        assert torch.get_num_threads() == 1
         return image
 
     monkeypatch.setattr(rb, "noise2net", noise2net)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", pytest.fail)
-    views = views_of(samples)
     state = torch.get_rng_state()
     torch.set_num_threads(2)
-    Path(samples[0][0]).write_bytes(b"no image")
-    with pytest.raises(rb.Refusal, match=samples[0][0]):
-        views[0, 0]
-    for index in range(1, 12):
-        assert len(views[0, index]) == 3
+    for index in range(12):
+        views_of(samples)[0, index]
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
-    assert set(threads) == {1}
     assert torch.equal(torch.get_rng_state(), state)
 
 def test_coin_is_fair_and_clean_views_are_clean(samples):
     views = views_of(samples)
     plain = rb.TrainingViews(samples, 32, "none", rb.Config())
+    assert views.augmix.all_ops is False  # or it would train on ImageNet-C's corruptions
     clean = 0
     changed = 0
-    for key in [(epoch, index) for epoch in range(30) for index in range(12)]:
+    for key in [(epoch, index) for epoch in range(20) for index in range(12)]:
         pixels, _, is_clean = views[key]
         expected, _, is_called_clean = plain[key]
         assert is_called_clean  # nothing is augmented, nothing is called so
@@ -772,73 +669,33 @@ def test_coin_is_fair_and_clean_views_are_clean(samples):
         assert same or not is_clean
         clean += is_clean
         changed += not same
-    assert 142 <= clean <= 218  # of 360; four standard deviations
-    assert changed > 100
+    assert 89 <= clean <= 151  # of 240; four standard deviations
+    assert changed > 60
 
-def test_triples_and_withheld_operations(samples):
-    views = rb.AugMixTriples(samples, 32, "augmix+deepaugment", rb.Config())
-    pixels, label, is_clean = views[0, 7]
-    assert pixels.shape == (3, 3, 32, 32)
-    assert (pixels.dtype, label, is_clean) == (torch.uint8, 7, True)
-    assert not torch.equal(pixels[1], pixels[2])
-    assert views.augmix.all_ops is False  # or it would train on ImageNet-C's corruptions
-    Image.new("RGB", (32, 32), (77, 77, 77)).save(samples[7][0])
-    assert set(views[0, 7][0][0].unique().tolist()) <= {0, 77}  # a crop alone, with its padding
-
-def test_noise2net_has_its_published_strength(monkeypatch):
+def test_noise2net_has_its_published_strength():
     """RMS change over twenty smooth images: 0.20 published, 0.09 without its last norm."""
     coarse = torch.rand(20, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     images = F.interpolate(coarse, size=64, mode="bicubic").clamp(0, 1)
     torch.manual_seed(0)
     changed = torch.stack([rb.noise2net(image) for image in images])
-    assert 0 <= changed.min()
-    assert changed.max() <= 1
     strength = (changed - images).square().mean((1, 2, 3)).sqrt()
     assert strength.mean().item() == pytest.approx(0.20, abs=0.03)
-    draws = []
-    uniform = torch.Tensor.uniform_
-
-    def spy(tensor, *bounds):
-        if tensor.ndim == 0:
-            draws.append(bounds)
-        return uniform(tensor, *bounds)
-
-    monkeypatch.setattr(torch.Tensor, "uniform_", spy)
-    rb.noise2net(images[0])
-    assert draws == [(0.375, 0.75)]  # one eps for the four blocks of an image
-
-def odd_images(folder):
-    """Paths of images in all modes, of level 60 in red; the last is a single pixel."""
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    colour = Image.new("RGB", (50, 40), (60, 61, 62))
-    deep = np.full((40, 50), 60 * 256 + 99, np.uint16)
-    images = {"grey.png": colour.convert("L"), "palette.png": colour.quantize(4),
-              "deep.png": Image.fromarray(deep), "cmyk.jpg": colour.convert("CMYK"),
-              "alpha.png": colour.convert("RGBA"), "turned.jpg": colour,
-              "pixel.png": colour.crop((0, 0, 1, 1))}
-    for name, image in images.items():
-        image.save(folder / name, exif=turned)
-    return [str(folder / name) for name in images]
 
 def test_images_of_odd_modes_are_read(tmp_path):
-    paths = odd_images(tmp_path)
-    for path in paths:
-        image = rb.read_image(path)
-        assert image.shape == ((3, 1, 1) if path == paths[-1] else (3, 40, 50))  # none is turned
-        assert abs(image[0].float().mean() - 60) < 3, path
-    samples = [(path, 0) for path in paths]
-    centre = rb.CentreViews(samples, 224)
-    for index in range(len(samples)):
-        assert centre[index][0].shape == (3, 224, 224)
-        assert views_of(samples)[0, index][0].shape == (3, 32, 32)
+    """16-bit grey of level 60, not turned by its EXIF; a single pixel."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for width, height in ((50, 40), (1, 1)):
+        image = Image.fromarray(np.full((height, width), 60 * 256 + 99, np.uint16))
+        image.save(tmp_path / "deep.png", exif=turned)
+        assert torch.equal(rb.read_image(tmp_path / "deep.png"), torch.full((3, height, width), 60))
+        assert views_of([(tmp_path / "deep.png", 0)])[0, 0][0].shape == (3, 32, 32)
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("length", [0, 300])
-def test_broken_images_are_refused_by_name(workers, length, trained, tmp_path, capfd):
+def test_broken_images_are_refused_by_name(workers, trained, tmp_path, capfd):
     data = make_folder(tmp_path / "data")
     path = data / "train/bee/3.png"
-    path.write_bytes(path.read_bytes()[:length])
+    path.write_bytes(path.read_bytes()[:300])
     flags = ["--data", str(data), f"--workers={workers}", "--recipe=apt"]
     process = forked(robustify(trained, tmp_path / "out.pt", *flags))
     process.join()
@@ -861,37 +718,15 @@ def test_checkpoint_round_trip(own, tmp_path):
     loaded = rb.load(tmp_path / "robust.pt", **(own_modules() if own else {}))
     assert states_equal(loaded.state_dict(), student.state_dict())
     assert torch.equal(loaded(images_of(4)), student(images_of(4)))
-    assert loaded.config == config
-    assert loaded.class_names == list("abcd")
-    assert not loaded.training
+    assert (loaded.config, loaded.class_names) == (config, list("abcd"))
 
-def test_command_lines(trained):
-    """M in the plug-in is still the student that was given, the heads no longer are."""
-    student = rb.load_network(str(trained / "student.pt"))
-    robust = rb.load(trained / "robust.pt")
-    original = rb.load_original(trained / "robust.pt")
-    assert states_equal(original.state_dict(), student.state_dict())
-    assert student.class_names == robust.class_names == ["ant", "bee"]
-    x = images_of(4)
-    with torch.no_grad():
-        expected = student(x).softmax(-1)
-    assert torch.equal(robust.original_probabilities(robust.backbone(x)), expected)
-    assert (robust.predict(x).phi["clean"] - expected).abs().max() > 1e-4
-
-@pytest.mark.parametrize("part", ["backbone", "head"])
-def test_another_network_is_refused(part, tmp_path):
-    """A buffer of the backbone counts, and a weight of the original's tail."""
+@pytest.mark.parametrize("part, name", [("backbone", "1.running_mean"), ("head", "3.weight")])
+def test_another_network_is_refused(part, name, tmp_path):
     rb.save(rb.RobustStudent(**own_modules()), tmp_path / "robust.pt")
     changed = own_modules()
-    if part == "backbone":
-        changed["backbone"][1].running_mean[0] += 1e-3
-    else:
-        changed["head"][-1].weight.data[0, 0] += 1e-3
-    with pytest.raises(rb.Refusal) as refused:
+    changed[part].state_dict()[name][0] += 1e-3
+    with pytest.raises(rb.Refusal, match="fingerprint"):
         rb.load(tmp_path / "robust.pt", **changed)
-    for modules in (own_modules(), changed):
-        student = rb.RobustStudent(**modules)
-        assert rb.fingerprint(student.backbone, student.original)[:12] in str(refused.value)
 
 class Evil(str):
     """Unpickling it makes the folder of this name."""
@@ -900,22 +735,18 @@ class Evil(str):
         return os.mkdir, (str(self),)
 
 def test_code_in_a_file_does_not_run(tmp_path):
-    trap = tmp_path / "trap"
     path = tmp_path / "robust.pt"
-    pickle.loads(pickle.dumps(Evil(trap)))
-    assert trap.is_dir()  # the attack works
-    trap.rmdir()
     for zipped in (True, False):
-        torch.save({"tuned": Evil(trap)}, path, _use_new_zipfile_serialization=zipped)
+        torch.save({"tuned": Evil(tmp_path / "trap")}, path, _use_new_zipfile_serialization=zipped)
         for load in (rb.load, rb.load_network):
             with pytest.raises(rb.Refusal, match="robust.pt"):
                 load(str(path))
         with pytest.raises(rb.Refusal, match="robust.pt"):
             rb.load_network(f"resnet18:{path}")
-    assert not trap.exists()
+    assert not (tmp_path / "trap").exists()
 
 def mutate(trained, kind, keys, value, path):
-    """Write a plug-in or a network, its checksum right, in which one thing is another."""
+    """Load a plug-in or a network, its checksum right, in which one thing is another."""
     source = trained / ("robust.pt" if kind == "plug-in" else "teacher.pt")
     part = content = rb.read_checkpoint(source, kind)
     *parents, last = keys.split("/")
@@ -925,16 +756,13 @@ def mutate(trained, kind, keys, value, path):
     if value is MISSING:
         del part[last]
     rb.write_checkpoint(kind, content, path)
-
-def load_any(kind, path):
     return rb.load(path) if kind == "plug-in" else rb.load_network(str(path))
 
 @pytest.mark.parametrize("kind, part", [("plug-in", "source"), ("network", "architecture")])
 @pytest.mark.parametrize("key, value", [
     ("pretrained_image_path", "evil.pt"), ("checkpoint_path", "evil.pt"), ("cache_dir", "."),
-    ("pretrained_cfg_overlay", {"url": "http://localhost/evil"}), ("pretrained_hf", True),
-    ("pretrained_cfg", {"file": "evil.pt"}), ("weights", "DEFAULT"), ("weights_only", False),
-    ("act_layer", "http://localhost/evil"), ("norm_layer", "../evil")])
+    ("pretrained_cfg_overlay", {"url": "http://localhost/evil"}), ("weights_only", False),
+    ("act_layer", "http://localhost/evil")])
 def test_a_file_loads_no_other(kind, part, key, value, trained, tmp_path, monkeypatch):
     attempt = Mock(side_effect=OSError("no network in tests"))
     monkeypatch.setattr(socket.socket, "connect", attempt)
@@ -942,9 +770,8 @@ def test_a_file_loads_no_other(kind, part, key, value, trained, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     torch.save(Evil("trap"), "evil.pt")
     source = {"name": "resnet18", "image_size": 32, "model_args": {**NARROW, key: value}}
-    mutate(trained, kind, part, source, "mutated.pt")
     with pytest.raises(rb.Refusal, match=key):
-        load_any(kind, "mutated.pt")
+        mutate(trained, kind, part, source, "mutated.pt")
     assert not attempt.called
     assert not Path("trap").exists()
 
@@ -952,20 +779,14 @@ MISSING = object()
 HEAD = "tuned/heads.clean.classifier.weight"
 ZERO_HEADS = {"name": "deit_tiny_patch16_224", "model_args": {"num_heads": 0}}
 MUTATIONS = [  # (kind of file, path to what is changed, what it becomes)
-    ("plug-in", "tuned", {}), ("plug-in", "tuned/masks", MISSING), ("plug-in", HEAD, MISSING),
-    ("plug-in", HEAD, "words"), ("plug-in", HEAD, torch.ones(2, 2)),
+    ("plug-in", "tuned", {}), ("plug-in", HEAD, MISSING), ("plug-in", HEAD, torch.ones(2, 2)),
     ("plug-in", "tuned/wings", torch.ones(2)), ("plug-in", "config/wings", 2),
-    ("plug-in", "config/recipe", "ours"), ("plug-in", "config/recipe", "apt"),
-    ("plug-in", "config/rule", "coin"), ("plug-in", "config/epochs", math.inf),
-    ("plug-in", "config/lr", math.nan), ("plug-in", "config/passes", 7),
-    ("plug-in", "config/model_args", [1]), ("plug-in", "config/fraction", 0.9),
-    ("plug-in", "source/name", "other.pt"), ("plug-in", "source/name", 7),
+    ("plug-in", "config/recipe", "ours"), ("plug-in", "config/epochs", math.inf),
+    ("plug-in", "config/passes", 7), ("plug-in", "source/name", "other.pt"),
     ("plug-in", "classifier/weight", torch.ones(3)),
-    ("network", "state", {}), ("network", "state/classifier.weight", torch.ones(3)),
     ("network", "state/stem.net.conv1.weight", MISSING),
-    ("network", "architecture/name", "swin_t"), ("network", "architecture/image_size", "x"),
+    ("network", "architecture/image_size", "x"), ("network", "architecture/name", "swin_t"),
     ("network", "architecture/model_args/channels", [8, 8, 16, 17]),
-    ("network", "architecture/model_args/output_stride", 5),
     ("network", "architecture", ZERO_HEADS)]
 for _key in ("tuned", "config", "source", "fingerprint"):
     MUTATIONS += [("plug-in", _key, MISSING), ("plug-in", _key, 7)]
@@ -974,56 +795,28 @@ for _key in ("state", "architecture"):
 
 @pytest.mark.parametrize("kind, keys, value", MUTATIONS)
 def test_a_mutated_file_is_refused(kind, keys, value, trained, tmp_path):
-    mutate(trained, kind, keys, value, tmp_path / "mutated.pt")
     with pytest.raises(rb.Refusal):
-        load_any(kind, tmp_path / "mutated.pt")
+        mutate(trained, kind, keys, value, tmp_path / "mutated.pt")
 
 def test_damaged_bytes_are_refused_or_harmless(trained, tmp_path):
     """Flipped bits, and truncation anywhere."""
-    rng = np.random.default_rng(0)
     path = tmp_path / "damaged.pt"
     whole = (trained / "robust.pt").read_bytes()
-    sparse = io.BytesIO()
-    torch.save({"format": "robustify plug-in", "tuned": torch.eye(2).to_sparse()}, sparse)
-    contents = [b"", b"hello\n", rng.bytes(5000), sparse.getvalue()]
-    for place in rng.integers(0, len(whole), 30):
-        contents.append(whole[:place])
-        flipped = bytearray(whole)
-        flipped[place] ^= 1 << int(rng.integers(8))
-        contents.append(bytes(flipped))
     expected = rb.load(trained / "robust.pt").state_dict()
-    refused = 0
-    for content in contents:
-        path.write_bytes(content)
-        try:
+    for place in range(0, len(whole), len(whole) // 30):
+        path.write_bytes(whole[:place])
+        with pytest.raises(rb.Refusal, match=str(path)):
+            rb.load(path)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
+        with contextlib.suppress(rb.Refusal):
             assert states_equal(rb.load(path).state_dict(), expected)
-        except rb.Refusal as refusal:
-            assert str(path) in str(refusal)
-            refused += 1
-    assert refused > 40
-
-def test_full_disk_leaves_the_older_file(trained, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out.pt"
-    out.write_bytes(b"older")
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, "fsync", Mock(side_effect=full))
-    assert rb.main(robustify(trained, out, "--recipe=lp")) == 2
-    assert "No space" in capsys.readouterr().err.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == [out]
-    assert out.read_bytes() == b"older"
 
 # --- Training -------------------------------------------------------------------------------------
 
-def test_nan_is_told_in_one_line_and_not_written(trained, tmp_path, capsys):
-    assert rb.main(robustify(trained, tmp_path / "out.pt", "--lr=1e30")) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("robustify.py: epoch 1, step 2")
-    assert "not written yet" in line
-    assert not list(tmp_path.iterdir())
-
-@pytest.mark.parametrize("broken, last", [("loss", 3), ("weight", 4)])
-def test_the_last_good_checkpoint_stays(broken, last, samples, tmp_path):
-    """Two steps an epoch; a later one gives a loss that is NaN, or a weight that is infinite."""
+@pytest.mark.parametrize("last, message", [
+    (2, "epoch 1, step 2.*not written yet"), (3, "epoch 2, step 1.*stays as it was")])
+def test_the_last_good_checkpoint_stays(last, message, samples, tmp_path):
+    """Two steps an epoch; the second leaves an infinite weight, or the third a loss of NaN."""
     config = rb.Config(out=tmp_path / "out", device="cpu", workers=0, epochs=3, batch_size=6)
     student = make_student()
     steps = []
@@ -1031,81 +824,80 @@ def test_the_last_good_checkpoint_stays(broken, last, samples, tmp_path):
 
     def loss_of(pixels, labels, is_clean):
         steps.append(len(pixels))
-        loss = student.heads["clean"](student.shared(student.backbone(pixels))).mean()
-        if len(steps) == last and broken == "loss":
-            loss = loss * math.nan
-        elif len(steps) == last:
+        if last == 2 and len(steps) == 2:
             next(student.heads["unclean"].parameters()).data.fill_(math.inf)
-        return loss
+        loss = student.heads["clean"](student.shared(student.backbone(pixels))).mean()
+        return loss * math.nan if len(steps) == 3 else loss
 
     def write():
         written.append(len(steps))
         (tmp_path / "out").touch()
 
     views = rb.TrainingViews(samples, 32, "none", config)
-    with pytest.raises(rb.Refusal, match=f"epoch 2, step {last - 2}.*stays as it was"):
+    with pytest.raises(rb.Refusal, match=message):
         rb.fit(student, loss_of, views, config, write)
-    assert written == [2]
+    assert written == ([] if last == 2 else [2])
 
 def test_seed_and_rank_reach_dropout(samples, monkeypatch, tmp_path):
-    """Each step of each process has its own noise, and the same when it is run again."""
-    noise = {}
-    drawn = []
+    """Each step of each process has its own noise, whatever ran before."""
+    seeds = []
 
     def training_step(*arguments):
-        drawn.append(torch.rand(()).item())
+        seeds.append(torch.initial_seed())
         return 0.0
 
     monkeypatch.setattr(rb, "training_step", training_step)
-    monkeypatch.setattr(rb, "batches", lambda *arguments: iter(range(9)))
     for seed, rank in ((0, 0), (1, 0), (0, 1), (0, 0)):
         monkeypatch.setattr(rb, "RANK", rank)
-        torch.manual_seed(len(noise))
-        drawn.clear()
-        config = rb.Config(seed=seed, out=tmp_path / "out", batch_size=4, epochs=1, device="cpu")
+        config = rb.Config(seed=seed, out=tmp_path / "out", batch_size=4, epochs=1, device="cpu",
+                           workers=0)
         rb.fit(make_student(), None, rb.TrainingViews(samples, 32, "none", config), config, int)
-        assert noise.setdefault((seed, rank), list(drawn)) == drawn
-    assert len(set(sum(noise.values(), []))) == 9  # three steps each
-
-def test_schedule():
-    config = rb.Config(lr=2.0, warmup=4)
-    assert [rb.learning_rate(step, 44, config) for step in range(5)] == [0.5, 1, 1.5, 2, 2]
-    assert rb.learning_rate(24, 44, config) == pytest.approx(1)  # half of the cosine
-    assert rb.learning_rate(0, 5, config) == 2.0  # warm-up is at most a fifth of all steps
+    assert seeds[:3] == seeds[9:]
+    assert len(set(seeds)) == 9  # three steps each
 
 def test_processes_share_every_step_and_the_probe(samples, monkeypatch):
-    config = rb.Config(batch_size=9, epochs=2, device="cpu", workers=0)
-    whole = list(rb.training_keys(20, rb.Config(batch_size=8, epochs=2), 0))
-    assert list(rb.training_keys(20, rb.Config(batch_size=8, epochs=2), 3)) == whole[24:]
+    config = rb.Config(batch_size=9, epochs=1, device="cpu", workers=0)
     monkeypatch.setattr(rb, "PROCESSES", 2)
     assert rb.count_steps(20, config) == (4, 2)  # steps of eight images
-    shares = []
     probed = []
+    keys = []
     for rank in (0, 1):
         monkeypatch.setattr(rb, "RANK", rank)
-        shares.append(list(rb.training_keys(20, config, 0)))
+        keys += rb.training_keys(20, config, 0)
         for _, labels in rb.centre_batches(samples, 32, config, "features"):
             probed += labels.tolist()
     assert sorted(probed) == list(range(12))
-    for step in range(4):
-        both = shares[0][4 * step:4 * step + 4] + shares[1][4 * step:4 * step + 4]
-        assert sorted(both) == sorted(whole[8 * step:8 * step + 8])
+    assert len(set(keys)) == 16
+
+@pytest.mark.parametrize("processes, word", [(2, "MASTER_ADDR"), (50, "processes")])
+def test_processes_that_cannot_work(processes, word, trained, tmp_path, monkeypatch, capsys):
+    """That know of no other, or are more than there are images, where a probe would come first."""
+    monkeypatch.setattr(rb, "PROCESSES", processes)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    if processes == 50:
+        monkeypatch.setattr(rb, "join_processes", Mock())
+    flags = ["--data", str(make_folder(tmp_path / "data", ("cow", "dog"))), "--recipe=apt"]
+    assert rb.main(robustify(trained, tmp_path / "out.pt", *flags)) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert word in line
 
 # --- Real processes -------------------------------------------------------------------------------
 
 def forked(arguments, rank=0, processes=1, port=0, pause=0.0):
     """A process that runs the command line as torchrun would, without importing torch again."""
+    training_step = rb.training_step
+
+    def slow_step(*step):
+        time.sleep(pause)
+        return training_step(*step)
+
     def run():
         rb.RANK = rank
         rb.PROCESSES = processes
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
-        training_step = rb.training_step
-
-        def slow_step(*arguments):
-            time.sleep(pause)
-            return training_step(*arguments)
-
         rb.training_step = slow_step
         sys.exit(rb.main(arguments))
 
@@ -1141,65 +933,34 @@ def test_killed_three_times_it_ends_with_the_same_weights(trained, tmp_path, cap
     tuned = rb.read_checkpoint(out, "plug-in")["tuned"]
     assert states_equal(tuned, rb.read_checkpoint(tmp_path / "whole.pt", "plug-in")["tuned"])
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-@pytest.mark.parametrize("case", ["three-heads", "ft", "vit", "resnet"])
-def test_two_processes_equal_one(case, trained, tmp_path):
-    """Within 1e-5, after two steps without dropout. A network with batch norm that begins at random
-    weights averages its statistics: those of its first norm are of all images."""
-    same = ["--dropout=0", "--block-dropout=0", "--lr=1e-3"]
+@pytest.mark.parametrize("case, images", [("three-heads", 8), ("make-teacher", 16)])
+def test_two_processes_equal_one(case, images, trained, tmp_path):
+    """Within 1e-5, without dropout. A network with batch norm that begins at random weights
+    averages its statistics: those of its first norm are of all images."""
+    flags = ["--dropout=0", "--block-dropout=0", "--rule=kl", "--lr=1e-3"]
+    flags.append(f"--batch-size={images}")
+    kind = "tuned" if case == "three-heads" else "state"
     commands = []
     for name in ("one.pt", "two.pt"):
-        if case == "vit":
-            command = make_teacher(trained, tmp_path / name, "vit_tiny_patch16_224", VIT)
-        elif case == "resnet":
-            command = make_teacher(trained, tmp_path / name) + ["--batch-size=16"]
-        else:
-            command = robustify(trained, tmp_path / name, "--recipe", case)
-        commands.append(command + same)
+        make = robustify if case == "three-heads" else make_teacher
+        commands.append([*make(trained, tmp_path / name), *flags])
     assert rb.main(commands[0]) == 0
-    if case == "three-heads":
-        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2",
-                    f"--master-port={free_port()}"]
-        subprocess.run([sys.executable, *torchrun, rb.__file__, *commands[1]], check=True)
-    else:
-        port = free_port()
-        pair = [forked(commands[1], rank, 2, port) for rank in (0, 1)]
-        for process in pair:
-            process.join()
-            assert process.exitcode == 0
-    part = "tuned" if case in ("three-heads", "ft") else "state"
-    one, two = [rb.read_checkpoint(tmp_path / name, "any")[part] for name in ("one.pt", "two.pt")]
-    if case == "resnet":
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    pair = [forked(commands[1], rank, 2, port) for rank in (0, 1)]
+    for process in pair:
+        process.join()
+        assert process.exitcode == 0
+    one = rb.read_checkpoint(tmp_path / "one.pt", "any")[kind]
+    two = rb.read_checkpoint(tmp_path / "two.pt", "any")[kind]
+    if case == "make-teacher":
         one = {"stem.net.bn1.running_mean": one["stem.net.bn1.running_mean"]}
     for name, value in one.items():
         assert torch.allclose(two[name].float(), value.float(), atol=1e-5), name
 
-@pytest.mark.parametrize("classes", [("ant", "bee"), ("cow", "dog")])
-def test_fewer_images_than_processes(classes, trained, tmp_path, monkeypatch, capsys):
-    """Also where a probe for other classes would come first."""
-    monkeypatch.setattr(rb, "PROCESSES", 50)
-    monkeypatch.setattr(rb, "RANK", 49)
-    monkeypatch.setattr(rb, "join_processes", Mock())
-    flags = ["--data", str(make_folder(tmp_path / "data", classes)), "--recipe=apt"]
-    assert rb.main(robustify(trained, tmp_path / "out.pt", *flags)) == 2
-    assert "processes" in capsys.readouterr().err.splitlines()[-1]
-
-def test_processes_that_cannot_meet(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rb, "PROCESSES", 2)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert rb.main(robustify(trained, tmp_path / "out.pt")) == 2
-    line, = capsys.readouterr().err.splitlines()
-    assert "MASTER_ADDR" in line
-
 # --- Corruptions ----------------------------------------------------------------------------------
 
-UNORDERED = ("saturate", "elastic_transform")  # as published: 1 takes colour away, 5 adds some
 DETERMINISTIC = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate",
                  "jpeg_compression", "gaussian_blur", "saturate")
 
@@ -1227,81 +988,32 @@ def write_frost(folder, shape):
 def frost(tmp_path_factory):
     return write_frost(tmp_path_factory.mktemp("frost"), (400, 500))
 
-def test_names():
-    assert len(ev.FIFTEEN) == 15
-    assert ev.FIFTEEN[0] == "gaussian_noise"
-    assert ev.FIFTEEN[14] == "jpeg_compression"
-    assert list(ev.CORRUPTIONS) == list(ev.FIFTEEN + ev.VALIDATION)  # a place in it seeds the draws
-    for columns in ev.PARAMETERS.values():
-        for rows in columns.values():
-            assert [len(row) for row in rows] == [5, 5, 5]
-
-@pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("name", ev.CORRUPTIONS)
-def test_corruption(name, size, frost):
-    images = photographs(4, size) // 2  # dark: what adds light is not cut off
-    change = {}
-    for severity in (1, 5):
-        together = ev.corrupt(images, name, severity, range(10, 14), 1, frost)
-        assert together.shape == images.shape
-        assert together.dtype == torch.uint8
-        for i in (0, 3):
-            alone = ev.corrupt(images[i:i + 1], name, severity, [10 + i], 1, frost)
-            assert torch.equal(alone[0], together[i])
-        change[severity] = (together.float() - images.float()).abs().mean((1, 2, 3))
-        assert change[severity].min() > 0
-    if name not in UNORDERED:
-        assert change[5].mean() > change[1].mean()
-    other_indices = ev.corrupt(images, name, 5, range(20, 24), 1, frost)
-    other_seed = ev.corrupt(images, name, 5, range(10, 14), 2, frost)
-    assert torch.equal(other_indices, together) == (name in DETERMINISTIC)
-    assert torch.equal(other_seed, together) == (name in DETERMINISTIC)
+def test_corruption(name, frost, monkeypatch):
+    """Each image by its own index and the seed, whatever batch it is in, and in what order. Few at
+    a time are computed, since zoomed copies of a whole batch would take gigabytes."""
+    spy = Mock(side_effect=ev.CORRUPTIONS[name])
+    monkeypatch.setitem(ev.CORRUPTIONS, name, spy)
+    images = photographs(19, 16) // 2  # dark: what adds light is not cut off
+    found = ev.corrupt(images, name, 5, range(19), 1, frost)
+    assert max(len(call.args[0]) for call in spy.call_args_list) <= 8
+    assert found.dtype == torch.uint8
+    assert torch.all((found != images).flatten(1).any(1))
+    order = torch.randperm(19, generator=torch.Generator().manual_seed(0))
+    mixed = ev.corrupt(images[order], name, 5, order.tolist(), 1, frost)
+    assert torch.equal(mixed, found[order])
+    for first, seed in ((50, 1), (0, 2)):
+        other = ev.corrupt(images, name, 5, range(first, first + 19), seed, frost)
+        assert torch.equal(other, found) == (name in DETERMINISTIC)
 
 @pytest.mark.parametrize("name", ev.CORRUPTIONS)
-def test_corruption_of_large_batches_in_any_order(name, frost):
-    count = 2 * ev.CHUNK + 3
-    images = photographs(count, 16)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    straight = ev.corrupt(images, name, 3, range(count), 0, frost)
-    mixed = ev.corrupt(images[order], name, 3, order.tolist(), 0, frost)
-    assert torch.equal(mixed, straight[order])
-
-def test_draws_depend_on_name_and_severity():
-    grey = torch.full((2, 3, 64, 64), 128).byte()
-    patterns = []
-    for name, severity in (("gaussian_noise", 3), ("gaussian_noise", 4), ("speckle_noise", 3)):
-        noisy = ev.corrupt(grey, name, severity, range(2)).float()
-        patterns.append(noisy.flatten())
-    related = torch.corrcoef(torch.stack(patterns)) - torch.eye(3)
-    assert related.abs().max() < 0.05
-
-@pytest.mark.parametrize("name", ev.CORRUPTIONS)
-@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
-def test_corruption_of_small_images(name, size, frost):
-    images = photographs(2, size)
-    for severity in range(1, 6):
-        found = ev.corrupt(images, name, severity, range(2), 0, frost)
-        assert found.shape == images.shape
-        if size == 1 and ("blur" in name or name in ("elastic_transform", "pixelate")):
-            assert (found.int() - images.int()).abs().max() <= 1  # there is nothing to mix with
-
-@pytest.mark.parametrize("name", ["defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
-                                  "gaussian_blur", "elastic_transform", "pixelate"])
-def test_blur_keeps_flat_images(name):
-    flat = torch.tensor([30, 128, 250]).byte()[:, None, None].expand(1, 3, 64, 64)
-    for severity in (1, 5):
-        found = ev.corrupt(flat, name, severity, [0])
-        assert (found.int() - flat.int()).abs().max() <= 1
-
-def test_corruption_takes_square_images():
-    with pytest.raises(ev.Refusal, match="square images, not 12 x 8 px"):
-        ev.corrupt(torch.zeros(1, 3, 8, 12).byte(), "fog", 1, [0])
-
-def test_frost_photos_smaller_than_the_image(tmp_path):
+@pytest.mark.parametrize("size", [1, 8, 60])
+def test_corruption_of_any_size(name, size, tmp_path):
+    """Also of images larger than the photos of frost."""
     small = write_frost(tmp_path, (20, 30))
-    for size in (8, 64, 250):
-        found = ev.corrupt(photographs(3, size), "frost", 5, range(3), 0, small)
-        assert found.shape == (3, 3, size, size)
+    for severity in (1, 5):
+        images = photographs(2, size)
+        assert ev.corrupt(images, name, severity, range(2), 0, small).shape == images.shape
 
 def test_frost_mixes_five_photos_by_its_weights(tmp_path):
     for number in range(1, 7):
@@ -1311,69 +1023,31 @@ def test_frost_mixes_five_photos_by_its_weights(tmp_path):
     expected = [0.8 * 50 + 0.6 * 40 * number for number in range(1, 6)]
     assert found.unique().tolist() == expected  # never the sixth photo
 
-def test_check_frost(frost, tmp_path):
-    assert [file.name for file in ev.check_frost(frost)] == [f"frost{i}.png" for i in range(1, 6)]
-    write_frost(tmp_path, (20, 30))
-    (tmp_path / "frost3.png").unlink()
-    with pytest.raises(ev.Refusal, match="has no frost3"):
-        ev.check_frost(tmp_path)
-    with pytest.raises(ev.Refusal, match="nowhere"):
-        ev.check_frost(tmp_path / "nowhere")
-
-@pytest.mark.parametrize("severity", [1, 3, 5])
+@pytest.mark.parametrize("severity", [1, 5])
 def test_brightness_and_saturate_are_hsv(severity):
-    images = photographs(2)
+    images = photographs(1)
     images[0, :, :4] = torch.arange(32).byte() * 8  # greys, from black on
     added = parameters_at_32("brightness", severity)["amount"]
     saturate = parameters_at_32("saturate", severity)
-    bright = ev.corrupt(images, "brightness", severity, range(2))
-    saturated = ev.corrupt(images, "saturate", severity, range(2))
-    for image in range(2):
-        for row, column in np.ndindex(32, 32):
-            red, green, blue = (images[image, :, row, column] / 255).tolist()
-            h, s, v = colorsys.rgb_to_hsv(red, green, blue)
-            expected = colorsys.hsv_to_rgb(h, s, min(v + added, 1))
-            found = bright[image, :, row, column].tolist()
-            assert found == pytest.approx(255 * np.array(expected), abs=1.001)
-            s = min(s * saturate["factor"] + saturate["shift"], 1)
-            expected = colorsys.hsv_to_rgb(h, s, v)
-            found = saturated[image, :, row, column].tolist()
-            assert found == pytest.approx(255 * np.array(expected), abs=1.001)
-
-@pytest.mark.parametrize("severity", [1, 3, 5])
-def test_contrast_by_hand(severity):
-    images = photographs(3)
-    factor = parameters_at_32("contrast", severity)["factor"]
-    found = ev.corrupt(images, "contrast", severity, range(3)).numpy()
-    x = images.numpy().astype(float)
-    mean = x.mean((2, 3), keepdims=True)
-    lost = factor * x + (1 - factor) * mean - found
-    assert lost.min() > -0.001  # levels are cut, not rounded
-    assert lost.max() < 1.001
-    assert lost.mean() == pytest.approx(0.5, abs=0.05)
-
-def pillow_jpeg(image, quality):
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+    bright = ev.corrupt(images, "brightness", severity, [0])[0]
+    saturated = ev.corrupt(images, "saturate", severity, [0])[0]
+    for row, column in np.ndindex(32, 32):
+        h, s, v = colorsys.rgb_to_hsv(*(images[0, :, row, column] / 255).tolist())
+        expected = 255 * np.array(colorsys.hsv_to_rgb(h, s, min(v + added, 1)))
+        assert bright[:, row, column].numpy() == pytest.approx(expected, abs=1.001)
+        s = min(s * saturate["factor"] + saturate["shift"], 1)
+        expected = 255 * np.array(colorsys.hsv_to_rgb(h, s, v))
+        assert saturated[:, row, column].numpy() == pytest.approx(expected, abs=1.001)
 
 def test_jpeg_is_pillows():
-    images = photographs(3)
-    published = ev.jpeg_85(images)
-    for image, found in zip(images, published):
-        assert torch.equal(found, pillow_jpeg(image, 85))
-    for severity in (1, 3, 5):
-        quality = parameters_at_32("jpeg_compression", severity)["quality"]
-        compressed = ev.corrupt(images, "jpeg_compression", severity, range(3))
-        for image, found in zip(images, compressed):
-            assert torch.equal(found, pillow_jpeg(image, quality))
-
-def test_pixelate_by_hand():
-    images = photographs(2, 224)
-    found = ev.corrupt(images, "pixelate", 2, range(2))  # halves the size
-    blocks = F.avg_pool2d(images.float(), 2)
-    expected = F.interpolate(blocks, scale_factor=2, mode="nearest")
-    assert (found.float() - expected).abs().max() <= 1  # Pillow rounds twice
+    image = photographs(1)
+    severe = parameters_at_32("jpeg_compression", 5)["quality"]
+    compressed = ev.corrupt(image, "jpeg_compression", 5, [0])
+    for found, quality in ((compressed, severe), (ev.jpeg_85(image), 85)):
+        file = io.BytesIO()
+        pixels = image[0].permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+        assert np.array_equal(found[0].permute(1, 2, 0), Image.open(file))
 
 @pytest.mark.parametrize("name", ["gaussian_noise", "speckle_noise", "shot_noise", "impulse_noise"])
 def test_noise_statistics(name):
@@ -1389,30 +1063,17 @@ def test_noise_statistics(name):
     assert abs(noisy.mean() - x) < 0.004  # half a level is lost where noise is truncated
     assert noisy.std().item() == pytest.approx(deviation[name], rel=0.03)
 
-def test_gaussian_is_a_convolution():
-    x = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0))
-    for sigma, mode in ((0.9, "edge"), (5, "symmetric")):  # the second kernel is wider than x
-        found = ev.gaussian(x, sigma, truncate=3, mode=mode)[0, 0].numpy()
-        radius = int(3 * sigma + 0.5)
-        kernel = np.exp(-np.arange(-radius, radius + 1)**2 / (2 * sigma**2))
-        kernel = kernel / kernel.sum()
-        expected = np.pad(x[0, 0].numpy(), radius, mode)
-        for axis in (0, 1):
-            expected = np.apply_along_axis(np.convolve, axis, expected, kernel, "valid")
-        assert found == pytest.approx(expected, abs=1e-5)
-
-@pytest.mark.parametrize("size", [6, 24])
-def test_defocus_is_a_disk(size):
-    image = photographs(1, size)[0, 0] / 255
+def test_defocus_is_a_disk():
+    image = photographs(1, 6)[0, 0] / 255
     found = ev.defocus_blur(image.expand(1, 3, -1, -1), None, radius=3, alias=0.01)[0, 1]
     padded = np.pad(image.numpy(), 3, "reflect")
-    expected = np.zeros((size, size))
+    expected = np.zeros((6, 6))
     for down, right in np.ndindex(7, 7):
         if (down - 3)**2 + (right - 3)**2 <= 9:
-            expected += padded[down:down + size, right:right + size] / 29
+            expected += padded[down:down + 6, right:right + 6] / 29
     assert found.numpy() == pytest.approx(expected, abs=1e-5)
 
-@pytest.mark.parametrize("shift", [1, 2, 3])
+@pytest.mark.parametrize("shift", [1, 3])
 def test_glass_blur_is_a_loop_over_pixels(shift):
     n = 16
     x = torch.rand(2, 3, n, n, generator=torch.Generator().manual_seed(0))
@@ -1450,45 +1111,6 @@ def test_zoom_blur_of_a_line():
         total += np.interp(read, np.arange(n), line.numpy())
     found = ev.zoom_blur(line.expand(1, 3, n, n), None, stop=1.11, step=0.01)[0, 0, 0]
     assert found.numpy() == pytest.approx(total / 13, abs=1e-4)
-
-def test_snow_brightens_and_is_symmetric():
-    black = torch.zeros(2, 3, 64, 64).byte()
-    found = ev.corrupt(black, "snow", 3, range(2)).int()
-    assert torch.equal(found[:, 0], found[:, 2])
-    turned = found.rot90(2, (2, 3))
-    assert (found - turned).abs().max() <= 1  # each layer comes with itself, turned by 180 degrees
-    assert found.min() >= 38  # (1 - 0.7) * 0.5 of white
-
-def test_fog_keeps_the_maximum_and_is_a_fractal():
-    images = photographs(4, 64)
-    images[1] = images[1] // 2
-    found = ev.corrupt(images, "fog", 5, range(4))
-    assert torch.all(found.amax((1, 2, 3)) <= images.amax((1, 2, 3)))
-    cloud = ev.plasma(generators(8), 64, decay=2)
-    assert torch.all(cloud.amin((1, 2)) == 0)
-    assert torch.all(cloud.amax((1, 2)) == 1)
-    near = (cloud[:, :, 1:] - cloud[:, :, :-1]).abs().mean()
-    far = (cloud[:, :, 16:] - cloud[:, :, :-16]).abs().mean()
-    assert far > 4 * near  # smooth at small distances
-    rough = ev.plasma(generators(8), 64, decay=1.2)
-    assert (rough[:, :, 1:] - rough[:, :, :-1]).abs().mean() > 2 * near
-
-def test_elastic_transform_moves_little():
-    n = 64
-    line = torch.linspace(0, 1, n)
-    position = torch.stack([line.expand(n, n), line[:, None].expand(n, n), torch.zeros(n, n)])[None]
-    found = ev.elastic_transform(position, generators(1), alpha=0, sigma=0, affine=2)
-    moved = (found - position)[:, :2, 16:48, 16:48] * (n - 1)
-    assert 0.1 < moved.abs().max() < 8  # three points within 2 px, and what they span
-    second = moved.diff(dim=2).diff(dim=2)
-    assert second.abs().max() < 1e-3  # affine
-    still = ev.elastic_transform(position, generators(1), alpha=1e-6, sigma=2, affine=0)
-    assert torch.allclose(still, position, atol=1e-4)
-    bent = ev.elastic_transform(position, generators(1), alpha=10, sigma=2, affine=0)
-    moved = (bent - position)[:, :2, 16:48, 16:48] * (n - 1)
-    # Uniform noise has variance 1/3, and a Gaussian of 2 px leaves 1 / (4 pi 2^2) of it.
-    expected = 10 * math.sqrt(1 / 3 / (4 * math.pi * 2**2))
-    assert moved.std().item() == pytest.approx(expected, rel=0.25)
 
 # --- A stand-in network that reads what an image shows from its pixel -----------------------------
 
@@ -1588,8 +1210,8 @@ def three_of(names, outside):
 
 @pytest.fixture
 def evaluate(monkeypatch, tmp_path, capsys):
-    """(models, data, flags) -> (exit code, {column: {set: {predictor: accuracy}}}, printed text); a
-    model is a name of MODELS, a set FOLDER or FOLDER/CORRUPTION/SEVERITY."""
+    """(models, data, flags) -> (exit code, {column: {set: {predictor: accuracy}}} and "rows" of
+    tables, printed text); a model is a name of MODELS, a set FOLDER[/CORRUPTION/SEVERITY]."""
     monkeypatch.setattr(ev, "load_network", lambda name, *_: MODELS[name]())
     monkeypatch.setattr(ev, "load", lambda name: MODELS[name.removesuffix(".pt")]())
     monkeypatch.setattr(ev, "read_checkpoint", lambda *_: {"format": "robustify plug-in"})
@@ -1599,7 +1221,7 @@ def evaluate(monkeypatch, tmp_path, capsys):
         file.unlink(missing_ok=True)
         code = ev.main([*EVAL, "--model", *models, "--data", *map(str, data), "--json", str(file),
                         *flags])
-        found = {}
+        found = {"rows": {}}
         if file.is_file():
             content = json.loads(file.read_text())
             for one in content["sets"]:
@@ -1608,7 +1230,8 @@ def evaluate(monkeypatch, tmp_path, capsys):
                     name += f"/{one['corruption']}/{one['severity']}"
                 for column, accuracy in one["accuracy"].items():
                     found.setdefault(column, {})[name] = accuracy
-            found["partial"] = content["partial"]
+            for row in sum(content["tables"], []):
+                found["rows"].setdefault(row[0], row[1])
         output = capsys.readouterr()
         return code, found, output.out + output.err.rpartition("eval.py: ")[2]
 
@@ -1694,11 +1317,11 @@ def test_zero_shot_is_a_function_of_model_folder_and_templates(evaluate, tmp_pat
     read_text = Reader.read_text
 
     def spy(self, names, templates, device):
-        readers.append((len(names), templates[0]))
+        readers.append((len(names), len(templates)))
         return read_text(self, names, templates, device)
 
     monkeypatch.setattr(Reader, "read_text", spy)
-    monkeypatch.setitem(MODELS, "p", lambda: zero_shot_plug_in(["ant", "bee"]))
+    monkeypatch.setitem(MODELS, "p", partial(zero_shot_plug_in, ["ant", "bee"]))
     monkeypatch.setitem(MODELS, "c", MODELS["clip"])
     alone = {}
     for data in sets:
@@ -1707,64 +1330,41 @@ def test_zero_shot_is_a_function_of_model_folder_and_templates(evaluate, tmp_pat
             alone.setdefault(column, {}).update(found[column])
     for data in (sets, sets[::-1]):
         found = evaluate(["p.pt", "c"], data)[1]
-        found.pop("partial")
-        assert found == alone
-    openai = open_clip.OPENAI_IMAGENET_TEMPLATES[0]
-    for model, flags, expected in (
-            ("c", [], [(2, openai), (1000, openai)]), ("p.pt", [], [(1000, openai)]),
-            ("p.pt", ["--templates", "a {}."], [(2, "a {}."), (1000, "a {}.")])):
+        assert {column: found[column] for column in alone} == alone
+    for model, flags, expected in (("c", [], [(2, 80), (1000, 80)]), ("p.pt", [], [(1000, 80)]),
+                                   ("p.pt", ["--templates", "a {}."], [(2, 1), (1000, 1)])):
         readers.clear()
         evaluate([model], sets, *flags)
-        assert [(n, template if isinstance(template, str) else openai)
-                for n, template in readers] == expected
+        assert readers == expected
 
 # --- Layouts, views -------------------------------------------------------------------------------
 
-def corrupted_tree(root, cells):
-    """ImageNet-C's layout: cells {CORRUPTION/SEVERITY: how many of three classes are right}."""
-    images = {}
-    for cell, right in cells.items():
-        for i, name in enumerate(FISH[:3]):
-            shown = name if i < right else FISH[(i + 1) % 3]
-            images[f"{cell}/{name}/0.png"] = written(shown, WNIDS[10])
-    return write_images(root, images)
-
-def mean_row(text):
-    """{label: first number} of the tables in a printed text."""
-    rows = {}
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split("|")]
-        if len(cells) > 1:
-            rows.setdefault(cells[0], cells[1])
-    return rows
-
 def test_layouts_of_published_corruptions(evaluate, tmp_path):
-    """Whole, partial and grouped trees, one corruption, one severity. A corruption counts once,
-    however many severities it has; validation corruptions never; what is missing is named."""
-    whole = corrupted_tree(tmp_path / "in-c", {
-        "fog/1": 3, "fog/2": 3, "fog/3": 0, "blur/zoom_blur/1": 3, "speckle_noise/1": 0})
+    """A whole tree, one corruption, one severity. A corruption counts once, however many severities
+    it has; validation corruptions never; what is missing is named."""
+    whole = tmp_path / "in-c"
+    for cell, wrong in (("fog/1", 0), ("fog/2", 0), ("fog/3", 1), ("zoom_blur/1", 0),
+                        ("speckle_noise/1", 1)):
+        for i in (0, 1):
+            image = written(FISH[(i + wrong) % 2], OTHER)
+            write_images(whole / cell, {f"{FISH[i]}/0.png": image})
     (whole / "fog/4").mkdir()  # an empty folder of a stopped download
-    code, found, text = evaluate(["imagenet"], [whole / "fog"])
-    assert code == 0 and "missing: fog 4, fog 5" in text
-    assert {name: a["answer"] for name, a in found["imagenet"].items()} == {
-        "fog/fog/1": 1, "fog/fog/2": 1, "fog/fog/3": 0}
-    assert mean_row(text)["mean of 1 corruptions"] == "66.7"
+    _, found, text = evaluate(["imagenet"], [whole / "fog"])
+    assert "missing: fog 4, fog 5" in text
+    assert found["rows"]["mean of 1 corruptions"] == pytest.approx(2 / 3)
     _, found, _ = evaluate(["imagenet"], [whole / "fog/1"])
     assert found["imagenet"]["1/fog/1"]["answer"] == 1
-    (whole / "blur").rename(tmp_path / "blur")
-    code, found, text = evaluate(["imagenet"], [tmp_path / "blur"])
-    assert found["imagenet"]["blur/zoom_blur/1"]["answer"] == 1
-    (tmp_path / "blur/zoom_blur").rename(whole / "zoom_blur")
-    code, found, text = evaluate(["imagenet"], [whole])
-    assert "snow 1, snow 2" in text and len(found["imagenet"]) == 5
-    rows = mean_row(text)
-    assert (rows["fog"], rows["zoom_blur"], rows["speckle_noise"]) == ("66.7", "100.0", "0.0")
-    assert rows["mean of 2 corruptions"] == "83.3" and rows["mean error"] == "16.7"
+    _, found, text = evaluate(["imagenet"], [whole])
+    assert "snow 1, snow 2" in text
+    rows = found["rows"]
+    assert rows["speckle_noise"] == 0
+    assert rows["mean of 2 corruptions"] == pytest.approx(5 / 6)
+    assert rows["mean error"] == pytest.approx(1 / 6)
     assert "mCE" not in rows
-    for wrong, flags, word in ((whole, ["--severity", "5"], "--severity"),
-                               (whole, ["--corrupt", "fog"], "corrupted already")):
-        code, _, text = evaluate(["clip"], [wrong], *flags)
-        assert code == 2 and word in text
+    for flags, word in ((["--severity", "5"], "--severity"), (["--corrupt", "fog"], "already")):
+        code, _, text = evaluate(["clip"], [whole], *flags)
+        assert code == 2
+        assert word in text
 
 def test_mce_by_hand():
     """Independent sums over random results; only for ImageNet's 1000 classes under all fifteen."""
@@ -1773,14 +1373,14 @@ def test_mce_by_hand():
     folder = ev.Folder("in-c", "published", WNIDS, [], list(ev.FIFTEEN))
     clean = ev.Folder("val", "classes", WNIDS, [], held_out=True)
     clean.results = [(ev.TestSet([]), {key: rng.random(50) < 0.8})]
-    error = {}
+    clean_error = 1 - clean.results[0][1][key].mean()
+    mean = dict.fromkeys(ev.FIFTEEN, 0.0)
     for name in [*ev.FIFTEEN, "spatter"]:
         for severity in (1, 2, 3, 4, 5):
             right = rng.random(50) < 0.8 - 0.05 * severity
             folder.results.append((ev.TestSet([], name, severity), {key: right}))
-            error.setdefault(name, []).append(1 - right.sum() / 50)
-    mean = {name: sum(values) / 5 for name, values in error.items() if name != "spatter"}
-    clean_error = 1 - clean.results[0][1][key].mean()
+            if name in mean:
+                mean[name] += (1 - right.mean()) / 5
     rows = dict(ev.errors(folder, [folder, clean], [key]))
     assert rows["mean error"] == pytest.approx(sum(mean.values()) / 15)
     assert rows["mCE"] == pytest.approx(sum(mean[n] / ev.ALEXNET[n] for n in mean) / 15)
@@ -1788,9 +1388,6 @@ def test_mce_by_hand():
         (mean[n] - clean_error) / (ev.ALEXNET[n] - (1 - 0.56522)) for n in mean) / 15)
     assert "relative mCE" not in dict(ev.errors(folder, [folder], [key]))
     folder.classes = WNIDS[:999]
-    assert list(dict(ev.errors(folder, [folder], [key]))) == ["mean error"]
-    folder.classes = WNIDS
-    del folder.results[7]
     assert list(dict(ev.errors(folder, [folder], [key]))) == ["mean error"]
 
 class Camera(Reader):
@@ -1816,13 +1413,13 @@ def noise(root, folder, *sizes):
     return root / folder.split("/")[0]
 
 def test_pixels_do_not_depend_on_company(evaluate, tmp_path, monkeypatch):
-    """Models of 64, 224 and 336 px, clean and corrupted; of small squares, corrupted and resized by
-    each; of published corruptions of several sizes. The first image decides nothing."""
+    """Models of 64 and 224 px, on photos, on small squares, each clean and corrupted, and on
+    published corruptions of several sizes. The first image decides nothing."""
     photos = noise(tmp_path, "photos", (1, 1), (75, 75), (300, 240), (240, 300), (500, 400))
     small = noise(tmp_path, "small", (9, 14), (32, 32), (32, 32), (32, 32))
     published = noise(tmp_path, "published/fog/1", (75, 75), (224, 224), (224, 224), (224, 224))
     cameras = {}
-    names = ("64", "224", "336")
+    names = ("64", "224")
     for name in names:
         monkeypatch.setitem(MODELS, name, partial(Camera, int(name), cameras))
     for data in (photos, small, published):
@@ -1830,67 +1427,47 @@ def test_pixels_do_not_depend_on_company(evaluate, tmp_path, monkeypatch):
         alone = {}
         for name in names:
             assert evaluate([name], [data], *flags)[0] == 0
-            alone[name] = cameras[int(name)].seen
+            alone[name] = torch.cat(cameras[int(name)].seen)
         assert evaluate(names, [data], *flags)[0] == 0
         for name in names:
-            together = cameras[int(name)].seen
-            assert len(together) == len(alone[name]) == 1 + (data != published)
-            assert all(torch.equal(a, b) for a, b in zip(alone[name], together))
-        for path in data.rglob("[1-3].png"):
-            if data != photos:
+            assert torch.equal(torch.cat(cameras[int(name)].seen), alone[name])
+        if data != photos:
+            for i, path in enumerate(sorted(data.rglob("*.png"))[1:], 1):
                 whole = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1)[None] / 255
-                seen = alone["224"][0][int(path.stem)]
-                assert torch.equal(seen, F.interpolate(whole, (224, 224))[0])
+                assert torch.equal(alone["224"][i], F.interpolate(whole, (224, 224))[0])
 
 def test_names_do_not_collide():
-    here = Path.cwd().name
-    assert ev.short_names("--data", ["x/val", "y/val/", "z"]) == ["x/val", "y/val", f"{here}/z"]
-    assert ev.short_names("--model", ["a/original.pt"]) == ["a/original"]
-    assert ev.short_names("--model", ["a.pt", "a"]) == ["a.pt", "a"]
+    assert ev.short_names("--data", ["x/val", "y/val/"]) == ["x/val", "y/val"]
     assert ev.short_names("--model", ["b/robust.pt", "resnet50"]) == ["robust", "resnet50"]
-    with pytest.raises(rb.Refusal, match="same"):
-        ev.short_names("--model", ["a.pt", "./a.pt"])
 
 # --- Real networks --------------------------------------------------------------------------------
 
-def make_plug_in(path, seed=0, tuned=0, **settings):
+def make_plug_in(path, seed=0, **settings):
     """A plug-in of a narrow ResNet of random weights, as if tuned: its heads disagree."""
-    network = rb.load_network("resnet18", "none", 32, {**NARROW, "num_classes": 2}, seed)
-    network.class_names = ["ant", "bee"]
-    randomise(network, seed)
+    network = rb.load_network("resnet18", "none", 32, {**NARROW, "num_classes": 2})
+    randomise(network, seed).class_names = ["ant", "bee"]
     with torch.no_grad():  # a classifier that decides differently from image to image
-        features = network.eval().features(torch.rand(20, 3, 1, 1) * torch.rand(20, 3, 32, 32))
         network.classifier.weight *= 10
-        network.classifier.bias = nn.Parameter(-network.classifier.weight @ features.mean(0))
-    rb.save_network(network, path.with_name(f"student{seed}.pt"))
-    network = rb.load_network(str(path.with_name(f"student{seed}.pt")))
-    config = rb.Config(student=str(path.with_name(f"student{seed}.pt")), dropout=0.3, **settings)
-    student = rb.assemble(network, config)
-    generator = torch.Generator().manual_seed(100 + tuned)
-    for p in (*student.shared.parameters(), *student.heads.parameters()):
-        p.data += 0.5 * torch.randn(p.shape, generator=generator) * p.data.abs().mean()
-    rb.save(student, path)
-    return student
+        middle = network(images_of(40)).mean(0)
+        network.classifier.bias -= middle
+    file = path.with_name(f"student{seed}.pt")
+    rb.save_network(network, file)
+    config = rb.Config(student=str(file), dropout=0.3, **settings)
+    rb.save(differ(rb.assemble(rb.load_network(str(file)), config), 0.5), path)
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def plug_ins(tmp_path_factory):
-    """three.pt and apt.pt of student0.pt, other.pt of student1.pt; teacher.pt; data/, whose bees
-    are red."""
+    """three.pt and apt.pt of student0.pt, other.pt of student1.pt; teacher.pt; data/."""
     root = tmp_path_factory.mktemp("plug_ins")
     make_plug_in(root / "three.pt", fraction=0.9, teacher=str(root / "teacher.pt"))
-    make_plug_in(root / "apt.pt", tuned=1, recipe="apt", fraction=0.9)
+    make_plug_in(root / "apt.pt", recipe="apt", fraction=0.9)
     make_plug_in(root / "other.pt", seed=1, fraction=0.2)
-    wide = {**NARROW, "channels": [24, 24, 24, 24], "num_classes": 2}
+    wide = {"channels": [24, 24, 24, 24], "layers": [1, 1, 1, 1], "num_classes": 2}
     teacher = rb.load_network("resnet18", "none", 32, wide)
     teacher.class_names = ["ant", "bee"]
     rb.save_network(teacher, root / "teacher.pt")
-    rng = np.random.default_rng(0)
     for part in ("train", "val"):
-        for i in range(40):
-            colour = rng.integers(0, 200, 3) * (0, 1, 1) + (200 * (i % 2), 0, 0)
-            pixels = colour + rng.integers(0, 50, (32, 32, 3))
-            write_images(root / "data" / part / ["ant", "bee"][i % 2],
-                         {f"{i}.png": pixels.astype(np.uint8)})
+        make_folder(root / "data", part=part, n=20)
     return root
 
 def share(right):
@@ -1913,86 +1490,59 @@ def run(tmp_path, *flags):
 def test_every_predictor(plug_ins, tmp_path):
     """One pass over all columns against each model alone."""
     flags = ["--data", plug_ins / "data", "--average", "--alpha", 0, 0.5, 1, "--model"]
-    files = [plug_ins / "three.pt", plug_ins / "apt.pt", plug_ins / "student1.pt"]
+    files = [plug_ins / "three.pt", plug_ins / "student1.pt"]
     accuracy = run(tmp_path, *flags, *files)["sets"][0]["accuracy"]
     pixels, labels = images_and_labels(plug_ins / "data/val")
     answers = []
-    for name in ("three", "apt"):
-        for alpha in (0.0, 0.5, 1.0):
-            found = rb.load(plug_ins / f"{name}.pt", alpha=alpha).predict(pixels)
-            answers.append(found.probabilities)
-            column = accuracy[f"{name} alpha {alpha:g}"]
-            assert column["answer"] == share(answers[-1].argmax(-1) == labels)
-            if name == "three":
-                right = {head: phi.argmax(-1) == labels for head, phi in found.phi.items()}
-                assert {head: column[head] for head in rb.HEADS} == {
-                    head: share(right[head]) for head in rb.HEADS}
-                assert column["oracle"] == share(right["clean"] | right["unclean"])
-                assert column["clean share"] == share(found.head == 0)
-            else:
-                assert "oracle" not in column
-    answers.append(rb.load_network(str(plug_ins / "student1.pt")).eval()(pixels).softmax(-1))
+    for alpha in (0.0, 0.5, 1.0):
+        found = rb.load(plug_ins / "three.pt", alpha=alpha).predict(pixels)
+        answers.append(found.probabilities)
+        column = accuracy[f"three alpha {alpha:g}"]
+        assert column["answer"] == share(answers[-1].argmax(-1) == labels)
+        right = {head: phi.argmax(-1) == labels for head, phi in found.phi.items()}
+        for head in rb.HEADS:
+            assert column[head] == share(right[head])
+        assert column["oracle"] == share(right["clean"] | right["unclean"])
+        assert column["clean share"] == share(found.head == 0)
+    answers.append(rb.load_network(str(plug_ins / "student1.pt"))(pixels).softmax(-1))
     assert accuracy["student1"]["answer"] == share(answers[-1].argmax(-1) == labels)
     assert accuracy["average"]["answer"] == share(sum(answers).argmax(-1) == labels)
-    student = rb.load_network(str(plug_ins / "student0.pt")).eval()
+    student = rb.load_network(str(plug_ins / "student0.pt"))
     assert accuracy["original"]["answer"] == share(student(pixels).argmax(-1) == labels)
-
-@torch.no_grad()
-def test_rules_and_passes_from_one_plug_in(plug_ins):
-    """Each column against a student built with these settings and the same tuned weights."""
-    args = ev.parse([*EVAL, "--data", "x", "--rule", "kl-u", "confidence", "--passes", "2", "30",
-                     "--model", str(plug_ins / "three.pt")])
-    columns = {column.name: column.model for column in ev.load_columns(args)}
-    pixels, _ = images_and_labels(plug_ins / "data/val")
-    student = rb.load(plug_ins / "three.pt")
-    for rule in ("kl-u", "confidence"):
-        for passes in (2, 30):
-            config = rb.Config(**{**vars(student.config), "rule": rule, "passes": passes})
-            other = rb.RobustStudent(student.backbone, *student.original, config)
-            rb.load_tuned(other, {**rb.tuned_state(student), "masks": other.masks})
-            expected = other.eval().predict(pixels)
-            found = columns[f"three {rule} K {passes}"].predict(pixels)
-            assert torch.allclose(found.probabilities, expected.probabilities, atol=1e-6)
-            assert torch.equal(found.head, expected.head)
 
 def test_originals_and_shared_backbones(plug_ins):
     """One original for each fingerprint, whatever files are called; plug-ins of one student share
     its backbone, those of another cut do not."""
-    for name, source in (("original", "student1"), ("average", "other")):
-        (plug_ins / f"{name}.pt").write_bytes((plug_ins / f"{source}.pt").read_bytes())
-    models = [str(plug_ins / f"{n}.pt") for n in ("three", "original", "apt", "average", "other")]
-    args = ev.parse([*EVAL, "--data", "x", "--model", *models])
-    columns = ev.load_columns(args)
+    shutil.copy(plug_ins / "student1.pt", plug_ins / "original.pt")
+    names = ["three", "original", "apt", "other"]
+    models = [str(plug_ins / f"{name}.pt") for name in names]
+    columns = ev.load_columns(ev.parse([*EVAL, "--data", "x", "--model", *models]))
     folder = plug_ins.name
     assert [column.name for column in columns] == [
-        f"original of {folder}/three", f"original of {folder}/average",
-        *(f"{folder}/{n}" for n in ("three", "original", "apt", "average", "other"))]
-    groups = ev.grouped(columns)
-    assert sorted(len(group) for group in groups) == [1, 3, 3]
+        f"original of {folder}/three", f"original of {folder}/other",
+        *(f"{folder}/{name}" for name in names)]
+    assert sorted(len(group) for group in ev.grouped(columns)) == [1, 2, 3]
 
-def test_what_was_finished_stays(plug_ins, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error, code", [(rb.Refusal("broken"), 2), (KeyboardInterrupt, 130)])
+def test_what_was_finished_stays(error, code, plug_ins, tmp_path, monkeypatch, capsys):
     """A broken image, Ctrl-C: the sets before are printed and written, marked as partial."""
-    tree = tmp_path / "c"
-    for severity in (1, 2, 3):
-        for path in (plug_ins / "data/val").glob("*/*.png"):
-            copy = tree / "fog" / str(severity) / path.parent.name / path.name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
-    flags = [*EVAL, "--data", str(plug_ins / "data"), str(tree), "--severity", "1", "2", "3",
-             "--model", str(plug_ins / "three.pt"), "--json", str(tmp_path / "out.json")]
-    (tree / "fog/2/bee/9.png").write_bytes(b"no image")
-    outcomes = {}
-    for kind in ("broken", "interrupted"):
-        if kind == "interrupted":
-            read = ev.read_image
-            monkeypatch.setattr(ev, "read_image", lambda path: read(path) if "fog/2" not in path
-                                else (_ for _ in ()).throw(KeyboardInterrupt))
-        outcomes[kind] = ev.main(flags)
-        found = json.loads((tmp_path / "out.json").read_text())
-        output = capsys.readouterr()
-        assert found["partial"] and len(found["sets"]) == 2 and "40 images (partial)" in output.out
-        assert "fog/2/bee/9.png" in output.err or kind == "interrupted"
-    assert outcomes == {"broken": 2, "interrupted": 130}
+    read = ev.read_image
+
+    def read_image(path):
+        if "fog/2" in path:
+            raise error
+        return read(path)
+
+    monkeypatch.setattr(ev, "read_image", read_image)
+    for severity in "12":
+        shutil.copytree(plug_ins / "data/val", tmp_path / "c/fog" / severity)
+    flags = ["--data", plug_ins / "data", tmp_path / "c", "--severity", 1, 2, "--model",
+             plug_ins / "three.pt", "--json", tmp_path / "out.json"]
+    assert ev.main([*EVAL, *map(str, flags)]) == code
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["partial"]
+    assert len(found["sets"]) == 2
+    assert "40 images (partial)" in capsys.readouterr().out
 
 def multiplications(compute, *networks):
     """Of convolutions and linear layers while compute() runs, and of the backward pass after it:
@@ -2006,8 +1556,10 @@ def multiplications(compute, *networks):
             gradients = module.weight.requires_grad + inputs[0].requires_grad
         total += module.weight[0].numel() * output.numel() * (1 + gradients)
 
-    hooks = [module.register_forward_hook(count) for network in networks
-             for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    hooks = []
+    for module in nn.ModuleList(networks).modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            hooks.append(module.register_forward_hook(count))
     compute()
     for hook in hooks:
         hook.remove()
@@ -2042,17 +1594,15 @@ def test_cost_by_hand(plug_ins, tmp_path):
 def test_transfer_features_are_where_tuning_acted(plug_ins, tmp_path):
     """Shared blocks, or what each head's classifier sees where nothing is shared; tokens of any
     kind are pooled."""
-    tables = run(tmp_path, "--transfer", plug_ins / "data", "--model", plug_ins / "three.pt",
-                 plug_ins / "other.pt", plug_ins / "student1.pt")["tables"]
-    assert [row[0] for row in tables[0][1:]] == [
+    table, *_ = run(tmp_path, "--transfer", plug_ins / "data", "--model", plug_ins / "three.pt",
+                    plug_ins / "other.pt", plug_ins / "student1.pt")["tables"]
+    assert [row[0] for row in table[1:]] == [
         "three, original", "three, tuned", "other, original", "other, clean head",
         "other, combined head", "other, unclean head", "student1, features"]
-    assert tables[0][1][1] > 0.9 and "+-" in tables[0][2][2]
+    assert table[1][1] > 0.9
     pixels, _ = images_and_labels(plug_ins / "data/val")
     other = rb.load(plug_ins / "other.pt")
     features = ev.features(ev.Column("other", "plug-in", other, None), pixels)
-    assert torch.allclose(other.original[1][-1](features["original"]).softmax(-1),
-                          other.original_probabilities(other.backbone(pixels)))
     assert not torch.allclose(features["original"], features["clean head"])
     tokens = torch.rand(2, 5, 3)
     for class_token, expected in ((True, tokens[:, 0]), (False, tokens.mean(1))):
@@ -2061,8 +1611,8 @@ def test_transfer_features_are_where_tuning_acted(plug_ins, tmp_path):
 
 def test_plot(plug_ins, tmp_path):
     pytest.importorskip("matplotlib")
-    run(tmp_path, "--data", plug_ins / "data", "--corrupt", "contrast", "--severity", 1, 5, "--plot",
-        tmp_path / "plot.png", "--model", plug_ins / "three.pt", plug_ins / "student1.pt")
+    flags = ["--corrupt", "contrast", "--severity", 1, 5, "--plot", tmp_path / "plot.png"]
+    run(tmp_path, "--data", plug_ins / "data", "--model", plug_ins / "three.pt", *flags)
     assert min(Image.open(tmp_path / "plot.png").size) > 300
 
 @torch.no_grad()
@@ -2075,102 +1625,61 @@ def test_probe(plug_ins, tmp_path, monkeypatch):
 
     tower = Mean(["ant"], size=224)
     tower.classifier = None
-    monkeypatch.setattr(ev, "load_network", lambda *_: tower)
+    monkeypatch.setattr(ev, "load_network", Mock(return_value=tower))
     data = plug_ins / "data"
     found = run(tmp_path, "--data", data, "--probe", data, "--model", "mean")
     assert found["sets"][0]["accuracy"]["mean"]["answer"] == 1
-    tower.classifier = None
-    assert ev.main([*EVAL, "--data", str(plug_ins / "data"), "--model", "mean"]) == 2
-
-# --- CLIP: rows of Tables 1 and 2 -----------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A tiny CLIP that open_clip knows as test-vit; zs.pt, a plug-in of --zero-shot for ant and
-    bee; ve.pt, whose classifier was tuned."""
-    root = tmp_path_factory.mktemp("clips")
-    for name, zero_shot in (("zs", True), ("ve", False)):
-        network = rb.load_network("test-vit", "none")
-        network.class_names = ["ant", "bee"]
-        network.classifier = rb.CosineClassifier(
-            *network.text_embeddings(["ant", "bee"]), trained=not zero_shot)
-        config = rb.Config(student="test-vit", pretrained="none", zero_shot=zero_shot, dropout=0.1)
-        student = rb.assemble(network, config)
-        for p in student.heads.parameters():
-            p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-        rb.save(student, root / f"{name}.pt")
-    return root
 
 @torch.no_grad()
-def test_clip_columns(clip, plug_ins, tmp_path):
-    """Bare CLIP, a plug-in of --zero-shot and its original on classes that none was tuned on."""
+def test_clip_columns(plug_ins, tmp_path):
+    """Bare CLIP, a plug-in of --zero-shot and its original, on its classes and on new ones."""
     images, labels = images_and_labels(plug_ins / "data/val")
-    new = tmp_path / "new"
-    (new / "val").mkdir(parents=True)
     for old, name in (("ant", "elk"), ("bee", "fox")):
-        os.symlink(plug_ins / "data/val" / old, new / "val" / name)
-    found = run(tmp_path, "--data", plug_ins / "data", new, "--pretrained", "none", "--model",
-                "test-vit", clip / "zs.pt")
-    network = rb.load_network("test-vit", "none").eval()
-    student = rb.load(clip / "zs.pt")
+        shutil.copytree(plug_ins / "data/val" / old, tmp_path / "new" / name)
+    network = clip_network(trained=False)
+    student = rb.assemble(network, rb.Config(student="test-vit", pretrained="none", zero_shot=True))
+    rb.save(differ(student), tmp_path / "zs.pt")
+    found = run(tmp_path, "--data", plug_ins / "data", tmp_path / "new", "--pretrained", "none",
+                "--model", "test-vit", tmp_path / "zs.pt")
     for one, names in zip(found["sets"], (["ant", "bee"], ["elk", "fox"])):
-        weight, scale = network.text_embeddings(names)
-        rb.set_classes(network, names, weight, scale)
-        rb.set_classes(student, names, weight, scale)
+        for model in (network, student):
+            rb.set_classes(model, names, *network.text_embeddings(names))
         right = {"test-vit": network(images), "original": network(images), "zs": student(images)}
         for column, outputs in right.items():
-            share = (outputs.argmax(-1) == labels).float().mean().item()
-            assert one["accuracy"][column]["answer"] == pytest.approx(share)
-    rows = [table for table in found["tables"] if table[-2][0] == "average of shifts"]
-    assert len(rows) == 1
-    assert ev.main([*EVAL, "--data", str(new), "--model", str(clip / "ve.pt")]) == 2
-
-# --- Real networks under torchrun -----------------------------------------------------------------
+            assert one["accuracy"][column]["answer"] == share(outputs.argmax(-1) == labels)
 
 def test_each_image_counts_once_under_torchrun(plug_ins, tmp_path):
     """Three processes for 40 images; the shares differ in size."""
-    flags = ["--data", plug_ins / "data", "--corrupt", "shot_noise", "--severity", 3,
-             "--model", plug_ins / "three.pt"]
+    flags = ["--data", plug_ins / "data", "--corrupt", "shot_noise", "--severity", 3, "--rule", "u",
+             "kl", "--passes", 2, 5, "--model", plug_ins / "three.pt"]
     one = run(tmp_path, *flags)["sets"]
     file = tmp_path / "three.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 3, "eval.py",
-               *EVAL, *flags, "--json", file]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 3,
+               "eval.py", *EVAL, *flags, "--json", file]
     subprocess.run([*map(str, command)], cwd=Path(__file__).parent, check=True)
     three = json.loads(file.read_text())["sets"]
-    assert one == three and [s["n"] for s in one] == [40, 40]
+    assert one == three
+    assert [s["n"] for s in one] == [40, 40]
 
 # --- Command lines and refusals -------------------------------------------------------------------
 
 NEW_VIT = ["--student=deit_tiny_patch16_224", "--pretrained=none"]
 
 @pytest.mark.parametrize("flags, part", [  # @ is the test's folder, $ that of `trained`
-    (["--data=@/nowhere"], "nowhere"), (["--data=@/empty"], "empty"), (["--data=@/flat"], "flat"),
-    (["--data=@/hollow"], "cow"), (["--data=@/val"], "no train/"),
-    (["--data=@/long"], "no train/"),
-    (["--teacher=@/no.pt"], "--make-teacher"), (["--teacher="], "--teacher"),
-    (["--teacher=$/robust.pt"], "robust.pt"), (["--data=@/other"], "teacher.pt"),
-    (["--student=@/no.pt"], "no.pt"), (["--student=my_net"], "my_net"),
-    (["--student="], "--student"), (["--student=swin_t", "--pretrained=none"], "SwinTransformer"),
-    (["--student=resnet18", "--pretrained=nowhere"], "nowhere"),
-    (["--image-size=64"], "--image-size"),
-    (["--student=resnet18:@/flat/0.png"], "0.png"), (["--model-args={wings"], "--model-args"),
-    (["--model-args=[1]"], "--model-args"), ([*NEW_VIT, '--model-args={"wings": 2}'], "wings"),
-    ([*NEW_VIT, '--model-args={"num_heads": 5}'], "num_heads"),
-    ([*NEW_VIT, '--model-args={"num_heads": 0}'], "deit"), (["--wings"], "--wings"),
-    (["--rule=coin"], "coin"), (["--recipe=ours"], "three-heads"), (["--epochs=0"], "--epochs"),
-    ([f"--seed={10**20}"], "--seed"), (["--batch-size=0"], "--batch-size"),
-    (["--lr=nan"], "--lr"), (["--lr=1e39"], "--lr"),
-    (["--dropout=1"], "--dropout"), (["--zero-shot"], "text"), (["--augment=none"], "--augment"),
-    (["--zero-shot", "--recipe=lp"], "--recipe lp"), (["--device=cuda"], "cuda"),
-    (["--zero-shot", "--make-teacher=resnet18"], "--make-teacher"), (["--out=@"], "--out"),
-    (["--out=@/nowhere/out.pt"], "nowhere")])
+    (["--data=@/nowhere"], "nowhere"), (["--data=@/hollow"], "cow"),
+    (["--data=@/long"], "no train/"), (["--data=@/other"], "teacher.pt"),
+    (["--teacher=@/no.pt"], "--make-teacher"), (["--teacher=$/robust.pt"], "robust.pt"),
+    (["--student=my_net"], "my_net"), (["--student=swin_t", "--pretrained=none"], "Swin"),
+    (["--student=resnet18", "--pretrained=tag"], "tag"), (["--image-size=64"], "--image-size"),
+    (["--student=resnet18:@/long/training/bee/0.png"], "0.png"), (["--wings"], "--wings"),
+    (["--model-args={wings"], "--model-args"), ([*NEW_VIT, '--model-args={"wings": 2}'], "wings"),
+    (["--recipe=ours"], "three-heads"), (["--epochs=0"], "--epochs"), (["--lr=nan"], "--lr"),
+    (["--zero-shot"], "text"), (["--augment=none"], "--augment"), (["--device=cuda"], "cuda"),
+    (["--zero-shot", "--make-teacher=resnet18"], "--make-teacher"), (["--out=@"], "--out")])
 def test_refusals_are_one_line(flags, part, trained, tmp_path, capsys):
-    for folder in ("empty", "flat", "hollow/train/cow"):  # hollow: a class without images
-        (tmp_path / folder).mkdir(parents=True)
-    Image.new("RGB", (32, 32)).save(tmp_path / "flat/0.png")
+    (tmp_path / "hollow/train/cow").mkdir(parents=True)  # a class without images
     for root, second, folder in (("hollow", "ant", "train"), ("other", "cow", "train"),
-                                 ("val", "bee", "val"), ("long", "bee", "training"),
-                                 ("long", "bee", "validation")):
+                                 ("long", "bee", "training"), ("long", "bee", "validation")):
         make_folder(tmp_path / root, (second,), folder, n=1)
     before = sorted(tmp_path.rglob("*"))
     arguments = []
@@ -2203,33 +1712,19 @@ def test_demo_leaves_a_folder_of_others_alone(tmp_path):
         rb.demo(folder)
     assert sorted(folder.rglob("*")) == before
 
-def test_help(capsys):
-    assert rb.main(["--help"]) == 0
-    printed = capsys.readouterr().out
-    for word in ("Eq. 6", "three-heads", "distill_weight", "torchrun"):
-        assert word in printed
-
-
 @pytest.mark.parametrize("flags, fragment", [  # @ is the test's folder; later flags win
-    (["--data", "@/nowhere"], "nowhere"), (["--data", "@/empty"], "empty"),
-    (["--data", "@/flat"], "flat"), (["--data", "@/cows"], "cow"), (["--model", "no.pt"], "no.pt"),
-    (["--model", "my_resnet"], "my_resnet"), (["--corrupt", "rain"], "rain"),
-    (["--corrupt", "frost"], "--frost"), (["--frost", "@/empty"], "frost"),
-    (["--severity", "6"], "--severity"), (["--wings"], "--wings"), (["--device", "cuda"], "cuda"),
-    (["--templates", "photo"], "--templates"), (["--alpha", "2"], "--alpha"),
-    (["--passes", "0"], "--passes"), (["--batch-size", "0"], "--batch-size"),
-    (["--json", "@"], "in a folder"), (["--json", "@/no/out.json"], "in a folder"),
-    (["--plot", "@/no/out.png"], "in a folder"), (["--plot", "@/out.png"], "--corrupt"),
-    (["--plot", "@/out.gif"], ".png"), (["--cost", "--model", "@/student.pt"], "--cost"),
-    (["--cost", "--model", "@/orphan.pt"], "gone.pt"), (["--transfer", "@/data"], "train"),
-    (["--data", "@/objectnet"], "mappings"), (["--data", "@/levels"], "without severities"),
-    (["--model", "@/student.pt", "@/./student.pt"], "same")])
+    (["--data", "@/nowhere"], "nowhere"), (["--data", "@/cows"], "cow"),
+    (["--data", "@/levels"], "without severities"), (["--data", "@/objectnet"], "mappings"),
+    (["--model", "no.pt"], "no.pt"), (["--model", "@/student.pt", "@/./student.pt"], "same"),
+    (["--corrupt", "rain"], "rain"), (["--corrupt", "frost"], "--frost"),
+    (["--frost", "@/cows"], "frost"), (["--severity", "6"], "--severity"), (["--wings"], "--wings"),
+    (["--device", "cuda"], "cuda"), (["--templates", "photo"], "--templates"),
+    (["--passes", "0"], "--passes"), (["--json", "@"], "in a folder"),
+    (["--plot", "@/out.png"], "--corrupt"), (["--cost", "--model", "@/student.pt"], "--cost"),
+    (["--cost", "--model", "@/orphan.pt"], "gone.pt"), (["--transfer", "@/data"], "train")])
 def test_refusals_come_before_the_first_image(flags, fragment, plug_ins, tmp_path, monkeypatch,
                                               capsys):
     """One line on stderr, exit code 2, nothing read and nothing written."""
-    for folder in ("empty", "flat"):
-        (tmp_path / folder).mkdir()
-    Image.new("RGB", (32, 32)).save(tmp_path / "flat/0.png")
     pixels = np.zeros((32, 32, 3), np.uint8)
     write_images(tmp_path, {f"{path}/0.png": pixels for path in (
         "cows/ant", "cows/cow", "data/val/ant", "data/val/bee", "objectnet/images/ant",
@@ -2242,9 +1737,9 @@ def test_refusals_come_before_the_first_image(flags, fragment, plug_ins, tmp_pat
     rb.save(rb.assemble(rb.load_network(config.student), config), tmp_path / "orphan.pt")
     monkeypatch.setattr(ev, "read_image", None)
     before = set(tmp_path.rglob("*"))
-    flags = [flag.replace("@", str(tmp_path)) for flag in flags]
-    data, model, out = (str(tmp_path / name) for name in ("data", "student.pt", "out.json"))
-    assert ev.main([*EVAL, "--data", data, "--model", model, "--json", out, *flags]) == 2
+    given = ["--data", "@/data", "--model", "@/student.pt", "--json", "@/out.json", *flags]
+    assert ev.main([*EVAL, *[flag.replace("@", str(tmp_path)) for flag in given]]) == 2
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("eval.py: ") and fragment in line
+    assert line.startswith("eval.py: ")
+    assert fragment in line
     assert set(tmp_path.rglob("*")) == before
