@@ -24,9 +24,9 @@ A folder is recognised by its layout, and its classes are looked up among a mode
                                                    name, or refused (d)
     ObjectNet's             mappings -> wnid       mappings -> wnid ->    ImageNet's 1000 (c)
                                                    name, or refused
-    other names             refused                by name, or refused    they are its new classes
+    other names             refused                by name, or refused    its new classes (c)
 
-(a) The library's weights with 1000 outputs. (b) CLIP without a classifier, or a plug-in of
+(a) A library's network with 1000 outputs. (b) CLIP without a classifier, or a plug-in of
 --zero-shot; (c) a plug-in its own classes where it has them. One class alone is refused, and so are
 wnids that are not ImageNet's. (d) As they are where its own names are numbers.
 
@@ -35,7 +35,7 @@ Small squares (CIFAR) are seen whole, published corruptions as they are, other i
 at the size of small squares. A folder with fewer classes than the model is decided among them; "of
 all" counts all outputs. Of a plug-in every predictor is measured in one pass: the original, each
 head, the one that Eq. 6 selects, and the oracle, which is right where the clean or the unclean head
-is.
+is. A val/ or test/ of classes that a model knows is no shift for it, and not in the average.
 
 [2] Barbu et al.: ObjectNet. [11] Hendrycks, Dietterich: Benchmarking Neural Network Robustness to
 Common Corruptions and Perturbations (ImageNet-C, mCE).
@@ -185,20 +185,20 @@ def measure(folder, columns, args):
         n = len(pictures)
         rows = [{} for _ in sets]
         title = f"{folder.name} {sets[-1].corruption}".strip()
-        bar = tqdm(desc=title, total=n * len(sets), unit=" images", mininterval=2, disable=RANK > 0)
-        share = range(RANK, n, PROCESSES)
-        for views, labels, indices in batches(pictures, share, args.batch_size, args.workers):
-            views = {size: view.to(args.device) for size, view in views.items()}
-            labels = labels.to(args.device)
-            for test_set, row in zip(sets, rows):
-                images = {size: views[pictures.side or size] for size in sizes}
-                if test_set.made:
-                    source = views[pictures.side or 224]
-                    images = dict.fromkeys(sizes, make(test_set, source, indices, args))
-                for key, right in judge(groups, images, labels, args).items():
-                    row.setdefault(key, np.zeros(n, bool))[indices] = right.cpu()
-                bar.update(len(labels) * PROCESSES)
-        bar.close()
+        share = batches(pictures, range(RANK, n, PROCESSES), args.batch_size, args.workers)
+        with tqdm(desc=title, total=n * len(sets), unit=" images", mininterval=2,
+                  disable=RANK > 0) as bar:
+            for views, labels, indices in share:
+                views = {size: view.to(args.device) for size, view in views.items()}
+                labels = labels.to(args.device)
+                for test_set, row in zip(sets, rows):
+                    images = {size: views[pictures.side or size] for size in sizes}
+                    if test_set.made:
+                        source = views[pictures.side or 224]
+                        images = dict.fromkeys(sizes, make(test_set, source, indices, args))
+                    for key, right in judge(groups, images, labels, args).items():
+                        row.setdefault(key, np.zeros(n, bool))[indices] = right.cpu()
+                    bar.update(len(labels) * PROCESSES)
         yield from zip(sets, gathered(rows))
 
 def make(test_set, images, indices, args):
@@ -382,6 +382,8 @@ def objectnet_folder(path, name):
 def class_outputs(folder, column):
     """(names of the model's outputs, [outputs that mean it] for each class of the folder): the
     table above. Only a zero-shot model's names can change. Raises Refusal."""
+    if len(folder.classes) == 1:
+        raise Refusal(f"{folder.name}: one class ({folder.classes[0]}); there is nothing to decide")
     own = column.classes or []
     numbered = all(name.isdecimal() for name in folder.classes)
     wanted = {name: [name] for name in folder.classes}
@@ -389,7 +391,8 @@ def class_outputs(folder, column):
         wanted = folder.wnids
     elif numbered and not set(folder.classes) <= set(own):
         if max(map(int, folder.classes)) > 999:
-            raise Refusal(f"{folder.name}: {folder.classes[-1]} is no output of ImageNet's")
+            raise Refusal(f"{folder.name}: not all of {shortened(folder.classes)} are among "
+                          "ImageNet's outputs 0 to 999")
         wanted = {name: [IMAGENET[int(name)]] for name in folder.classes}
     every = list(itertools.chain(*wanted.values()))
     names = own
@@ -407,11 +410,10 @@ def new_classes(names, folder):
     """What a zero-shot model decides among: ImageNet's 1000, or these names; raises Refusal."""
     if set(names) <= set(IMAGENET):
         return IMAGENET
-    if len(names) == 1:
-        raise Refusal(f"{folder.name}: one class ({names[0]}); there is nothing to decide")
     for name in names:
         if name.isdecimal() or re.fullmatch(r"n\d{8}", name):
-            raise Refusal(f"{folder.name}: {name} is no class of ImageNet; what is its name?")
+            raise Refusal(f"{folder.name}: {name} is no word, and not all of {shortened(names)} "
+                          "are ImageNet's")
     return names
 
 def shortened(names):
@@ -452,7 +454,7 @@ def load_columns(args):
         if args.cost and teacher.endswith(".pt") and not Path(teacher).is_file():
             raise Refusal(f"--cost: needs {teacher}, the teacher of {path}")
         stages = [*student.backbone, *student.original[0], *student.original[1]]
-        key = fingerprint(nn.Sequential(*stages))  # wherever it is cut
+        key = student.size, fingerprint(nn.Sequential(*stages))  # wherever it is cut
         if key not in originals:
             originals[key] = student_column(f"original of {name}", "original", student, args)
         first = originals[key]
@@ -468,7 +470,7 @@ def load_columns(args):
         first.name = "original"
     columns = [*originals.values(), *columns]
     if len({column.name for column in columns}) < len(columns):
-        raise Refusal("--model: two columns would have one name; rename a file")
+        raise Refusal("two columns would have one name: rename a file, or give a value once")
     return columns
 
 def plain_column(path, name, args, pretrained):
@@ -626,8 +628,9 @@ def paired(folder, corruptions, one, other):
     for name in corruptions:
         own = [row[one, "answer"].astype(float) - row[other, "answer"]
                for test_set, row in folder.results if test_set.corruption == name]
-        if len({len(differences) for differences in own}) == 1:
-            means.append(np.mean(own, axis=0))
+        if len({len(differences) for differences in own}) != 1:
+            return "-"  # no pairs where sets hold different images
+        means.append(np.mean(own, axis=0))
     if len({len(differences) for differences in means}) != 1 or len(means[0]) < 2:
         return "-"
     difference = np.mean(means, axis=0)
@@ -914,8 +917,11 @@ def cost(path, config, args):
         teacher = load_network(config.teacher).to(args.device).eval()
     n = 64 if args.device == "cuda" else 4
     pixels = torch.rand(n, 3, network.size, network.size, device=args.device)
-    tasks = {"library's forward pass": functools.partial(forward_pass, network, pixels, True),
-             "the same, class token": functools.partial(forward_pass, network, pixels, False)}
+    tasks = {"library's forward pass": functools.partial(forward_pass, network, pixels, True)}
+    ratios = {"/ library": "library's forward pass"}
+    if any(isinstance(module, ClassTokenBlock) for module in network.modules()):
+        tasks["the same, class token"] = functools.partial(forward_pass, network, pixels, False)
+        ratios["/ class token"] = "the same, class token"
     student = assemble(network, config).to(args.device)
     for passes in (1, 5, 10):
         name = f"{config.recipe}, K = {passes}"
@@ -930,17 +936,14 @@ def cost(path, config, args):
         tasks[name] = functools.partial(training_step, student, teacher, pixels)
     ms = milliseconds(tasks, args.device)
     gmacs = {name: count_macs(task) for name, task in tasks.items()}
-    library, class_token = list(tasks)[:2]
     rows = []
     for name in tasks:
         row = [name]
         for measured in (gmacs, ms):
             row.append(f"{measured[name] / n:.4g}")
-            row.append(f"{measured[name] / measured[library]:.3f}")
-            row.append(f"{measured[name] / measured[class_token]:.3f}")
+            row += [f"{measured[name] / measured[base]:.3f}" for base in ratios.values()]
         rows.append(row)
     title = f"{Path(config.student).name}, {count_parameters(network) / 1e6:.2f} M, an image"
-    ratios = ["/ library", "/ class token"]
     show(args, [title, "GMACs", *ratios, "ms", *ratios], rows)
 
 # --- The corruptions of ImageNet-C [11] as a library ----------------------------------------------
@@ -1001,7 +1004,7 @@ PARAMETERS = {  # parameter -> its values at severity 1 to 5 for 224, for 64 and
     "saturate": {
         "factor": ((.3, .1, 2, 5, 20), (.3, .1, 2, 5, 30), (.3, .1, 1.5, 2, 2.5)),
         "shift": ((0, 0, 0, .1, .2), (0, 0, 0, .1, .2), (0, 0, 0, .1, .2))}}
-VALIDATION = ("speckle_noise", "gaussian_blur", "saturate")  # for tuning: in no mean over the rest
+VALIDATION = ("speckle_noise", "gaussian_blur", "saturate")  # for tuning: in no mean of the fifteen
 FIFTEEN = tuple(name for name in PARAMETERS if name not in VALIDATION)
 CHUNK = 8  # images corrupted at a time, so that a large batch needs no more memory
 
@@ -1348,7 +1351,7 @@ def parse(arguments):
     add("--templates", help="of class names: openai, simple, or text with {}; default: openai, or "
         "what a plug-in was tuned with")
     add("--alpha", nargs="+", type=float, help="a column for each interpolation with the original "
-        "(WiSE-FT): 0 is the original, 1 the plug-in")
+        "(WiSE-FT): 0 is the original but for MC dropout, 1 the plug-in")
     add("--rule", nargs="+", choices=("kl-u", "u", "kl", "confidence"), help="a column for each")
     add("--passes", nargs="+", type=int, help="a column for each K")
     add("--average", action="store_true", help="a column for the mean of all models' answers")
@@ -1386,8 +1389,8 @@ def check(args):
         raise Refusal("give --data, --transfer or --cost, or no argument for the demo's results")
     if args.batch_size < 1 or min(args.workers, args.seed) < 0:
         raise Refusal("--batch-size: from 1; --workers and --seed: from 0")
-    if min(args.passes or [1]) < 1 or not all(0 <= alpha <= 1 for alpha in args.alpha or []):
-        raise Refusal("--passes: from 1; --alpha: from 0 to 1")
+    if min(args.passes or [2]) < 2 or not all(0 <= alpha <= 1 for alpha in args.alpha or []):
+        raise Refusal("--passes: from 2; --alpha: from 0 to 1")
     if args.templates and args.templates not in TEMPLATES and args.templates.count("{}") != 1:
         raise Refusal("--templates: openai, simple, or a string with {} for the class name")
     if "frost" in args.corrupt and not args.frost:

@@ -1282,9 +1282,9 @@ GRID = {  # (accuracy, of all outputs), or a word of the refusal
     ("objectnet", "imagenet"): (0.8, 0.4), ("objectnet", "wnids"): (0.8, 0.4),
     ("objectnet", "names"): "lacks", ("objectnet", "other 1000"): "lacks",
     ("objectnet", "clip"): (0.8, 0.4), ("objectnet", "zero-shot"): (0.8, 0.4),
-    ("no wnids", "imagenet"): "lacks", ("no wnids", "clip"): "no class of ImageNet",
+    ("no wnids", "imagenet"): "lacks", ("no wnids", "clip"): "no word",
     ("one class", "clip"): "one class", ("one class", "zero-shot"): "one class",
-    ("one class", "imagenet"): "lacks"}
+    ("one class", "imagenet"): "one class"}
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_class_mapping(kind, evaluate, tmp_path):
@@ -1408,7 +1408,7 @@ def noise(root, folder, *sizes):
     images = {}
     for i, (height, width) in enumerate(sizes):
         pixels = rng.integers(0, 256, (height, width, 3))
-        images[f"{folder}/{FISH[0]}/{i}.png"] = pixels.astype(np.uint8)
+        images[f"{folder}/{FISH[i % 2]}/{i}.png"] = pixels.astype(np.uint8)
     write_images(root, images)
     return root / folder.split("/")[0]
 
