@@ -983,7 +983,7 @@ def read_state_dict(path):
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 def write_checkpoint(kind, content, path):
-    """Write atomically: a crash or a full disk leaves the older file whole. Raises OSError."""
+    """Write atomically: a crash or a full disk leaves the older file whole. Raises Refusal."""
     content = {"format": f"robustify {kind}", **content}
     buffer = io.BytesIO()
     torch.save({**content, "sha256": digest(content)}, buffer)
@@ -993,6 +993,9 @@ def write_checkpoint(kind, content, path):
             file.write(buffer.getbuffer())
             os.fsync(file)
         os.replace(temporary, path)
+    except OSError as error:
+        raise Refusal(f"{path}: cannot be written ({error.strerror}); the older file stays; make "
+                      "room and use --resume") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ import colorsys
 import contextlib
 import copy
 import doctest
+import errno
 import io
 import json
 import math
@@ -812,6 +813,16 @@ def test_damaged_bytes_are_refused_or_harmless(trained, tmp_path):
             assert states_equal(rb.load(path).state_dict(), expected)
 
 # --- Training -------------------------------------------------------------------------------------
+
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "student.pt"
+    rb.save(make_student(), path)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.ENOSPC, "disk full")))
+    with pytest.raises(rb.Refusal, match="student.pt.*disk full"):
+        rb.save(differ(make_student()), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 @pytest.mark.parametrize("last, message", [
     (2, "epoch 1, step 2.*not written yet"), (3, "epoch 2, step 1.*stays as it was")])
