@@ -1402,8 +1402,6 @@ def check(args):
             raise Refusal(f"{file}: not a file in a folder that is there")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise Refusal("--plot: a file that ends in .png, .pdf or .svg")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise Refusal("--plot: needs matplotlib; pip install matplotlib")
 
 def run(arguments):
     """Parse, measure, print. Raises Refusal; what can be refused is, before an image is read."""
@@ -1416,6 +1414,8 @@ def run(arguments):
     folders.sort(key=lambda folder: not folder.held_out)  # relative mCE needs the clean set
     if args.plot and not any(folder.averaged for folder in folders):
         raise Refusal("--plot: needs corrupted images; see --corrupt")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise Refusal("--plot: needs matplotlib; pip install matplotlib")
     for path in args.transfer:
         transfer_sets(path)
     columns = load_columns(args)

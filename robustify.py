@@ -1537,8 +1537,8 @@ def demo(folder="demo"):
     teacher = {"layers": [1, 1, 1, 1], "channels": [16, 24, 32, 48], **stem}
     new = replace(common, make_teacher="resnet18", pretrained="none", image_size=64, jsd=0.0,
                   lr=3e-3)
-    train(replace(new, model_args=student, augment="none", epochs=15, out=f"{folder}/student.pt"))
-    train(replace(new, model_args=teacher, epochs=9, out=f"{folder}/teacher.pt"))
+    train(replace(new, model_args=student, augment="none", epochs=12, out=f"{folder}/student.pt"))
+    train(replace(new, model_args=teacher, epochs=7, out=f"{folder}/teacher.pt"))
     for recipe in ("three-heads", "apt"):
         train(replace(common, student=f"{folder}/student.pt", teacher=f"{folder}/teacher.pt",
                       recipe=recipe, lr=3e-3, epochs=5, out=f"{folder}/{recipe}.pt"))
