@@ -72,8 +72,8 @@ from tqdm import tqdm
 
 import robustify
 from robustify import (HEADS, PROCESSES, RANK, RECIPES, ClassTokenBlock, Config, Refusal,
-                       assemble, autocast, batches, count_parameters, dropout_masks, fingerprint,
-                       image_folder, interpolated, join_processes, linear_probe, load,
+                       assemble, autocast, batches, centre_crop, count_parameters, dropout_masks,
+                       fingerprint, image_folder, interpolated, join_processes, linear_probe, load,
                        load_network, load_original, read_checkpoint, read_image, refuse,
                        set_classes, student_loss)
 
@@ -244,9 +244,9 @@ class Pictures(Dataset):
             whole = v2.Compose([v2.Resize(self.side), v2.CenterCrop(self.side)])
             self.views = {self.side: whole}  # of an image of that size, itself
         else:
-            self.views = {size: centre_view(size) for size in sizes}
+            self.views = {size: centre_crop(size) for size in sizes}
             if corrupted:
-                self.views[224] = centre_view(224)  # as ImageNet-C was made
+                self.views[224] = centre_crop(224)  # as ImageNet-C was made
 
     def __len__(self):
         return len(self.samples)
@@ -257,14 +257,6 @@ class Pictures(Dataset):
         if self.border:
             image = image[:, self.border:-self.border, self.border:-self.border]
         return {size: view(image) for size, view in self.views.items()}, label, index
-
-def centre_view(size):
-    """Images of up to 64 px whole, larger ones as ImageNet is measured: Resize 256, CenterCrop 224,
-    or likewise."""
-    resized = size
-    if size > 64:
-        resized = size * 256 // 224
-    return v2.Compose([v2.Resize(resized), v2.CenterCrop(size)])
 
 def common_side(samples):
     """n where most images are n x n pixels, judged by the headers of 25 to 50 of them, else 0."""
@@ -454,20 +446,20 @@ def load_columns(args):
         if args.cost and teacher.endswith(".pt") and not Path(teacher).is_file():
             raise Refusal(f"--cost: needs {teacher}, the teacher of {path}")
         stages = [*student.backbone, *student.original[0], *student.original[1]]
-        key = student.size, fingerprint(nn.Sequential(*stages))  # wherever it is cut
-        if key not in originals:
-            originals[key] = student_column(f"original of {name}", "original", student, args)
-        first = originals[key]
-        key = student.size, fingerprint(student.backbone)
-        student.backbone = backbones.setdefault(key, student.backbone)
+        whole = student.size, fingerprint(nn.Sequential(*stages))  # wherever it is cut
+        if whole not in originals:
+            originals[whole] = student_column(f"original of {name}", "original", student, args)
+        frozen = student.size, fingerprint(student.backbone)
+        student.backbone = backbones.setdefault(frozen, student.backbone)
         for label, variant in variants(student, name, args):
             column = student_column(label, "plug-in", variant, args)
-            column.embeddings = first.embeddings
-            column.original = first
+            column.original = originals[whole]
+            column.embeddings = column.original.embeddings
             column.path = path
             columns.append(column)
     if len(originals) == 1:
-        first.name = "original"
+        for column in originals.values():
+            column.name = "original"
     columns = [*originals.values(), *columns]
     if len({column.name for column in columns}) < len(columns):
         raise Refusal("two columns would have one name: rename a file, or give a value once")
@@ -633,7 +625,10 @@ def paired(folder, corruptions, one, other):
         means.append(np.mean(own, axis=0))
     if len({len(differences) for differences in means}) != 1 or len(means[0]) < 2:
         return "-"
-    difference = np.mean(means, axis=0)
+    return with_error(np.mean(means, axis=0))
+
+def with_error(difference):
+    """The mean of differences (n,), one an image, in points, +- 2 standard errors."""
     error = difference.std(ddof=1) / math.sqrt(len(difference))
     return f"{100 * difference.mean():+.1f} +- {200 * error:.1f}"
 
@@ -843,8 +838,7 @@ def transfer(path, columns, args):
                 right = (probe(unseen[name]).argmax(-1) == truth).float().cpu().numpy()
             row = [f"{column.name}, {name}", right.mean(), "-"]
             if before is not None:
-                error = (right - before).std(ddof=1) / math.sqrt(len(right))
-                row[2] = f"{100 * (right - before).mean():+.1f} +- {200 * error:.1f}"
+                row[2] = with_error(right - before)
             elif name == "original":
                 before = right
             rows.append(row)

@@ -476,13 +476,18 @@ def noise2net(image):
         y = y + eps * convolution(torch.cat(outputs, dim=1), 3, 1, 1)
     return (y[0] * std + mean).clamp(0, 1)
 
+def centre_crop(size):
+    """The view for measuring: images of up to 64 px whole, larger ones as ImageNet is measured:
+    Resize 256, CenterCrop 224, or likewise."""
+    resized = size * 256 // 224 if size > 64 else size
+    return v2.Compose([v2.Resize(resized), v2.CenterCrop(size)])
+
 class CentreViews(Dataset):
     """For measuring: index -> (pixels uint8 (3, size, size), label); nothing random."""
 
     def __init__(self, samples, size):
         self.samples = samples
-        resized = size * 256 // 224 if size > 64 else size
-        self.crop = v2.Compose([v2.Resize(resized), v2.CenterCrop(size)])
+        self.crop = centre_crop(size)
 
     def __getitem__(self, index):
         path, label = self.samples[index]
@@ -1040,12 +1045,10 @@ def load(path, backbone=None, shared=None, head=None, class_names=None, alpha=1.
     where the file is no whole plug-in or was tuned on other weights.
     """
     saved = read_checkpoint(path, "plug-in")
-    if backbone is None:
-        network = load_original(path)
     with refusing_damage(path):
         config = Config(**saved["config"])
         if backbone is None:
-            student = assemble(network, config)
+            student = assemble(original_network(path, saved), config)
         else:
             student = RobustStudent(backbone, shared, head, config)
         found = fingerprint(student.backbone, student.original)
@@ -1063,7 +1066,10 @@ def load(path, backbone=None, shared=None, head=None, class_names=None, alpha=1.
 
 def load_original(path):
     """The whole Network M that the plug-in at `path` was tuned from; raises Refusal."""
-    saved = read_checkpoint(path, "plug-in")
+    return original_network(path, read_checkpoint(path, "plug-in"))
+
+def original_network(path, saved):
+    """As load_original, of the content of the file."""
     with refusing_damage(path):
         if not saved["source"]:
             raise Refusal(f"{path}: tuned on modules of your own; give backbone, shared and head")
@@ -1203,7 +1209,8 @@ def fit(student, loss_of, views, config, write):
     """
     student.to(config.device)
     optimizer = make_optimizer(student, config)
-    first_step = read_state(student, optimizer, len(views), config) if config.resume else 0
+    settings = settings_of(student, len(views), config)
+    first_step = read_state(student, optimizer, settings, config) if config.resume else 0
     per_process, per_epoch = count_steps(len(views), config)
     steps = config.epochs * per_epoch
     keys = training_keys(len(views), config, first_step)
@@ -1236,7 +1243,7 @@ def fit(student, loss_of, views, config, write):
             if ends_epoch and RANK == 0:
                 write()
             if saves and RANK == 0:
-                write_state(student, optimizer, step + 1, len(views), config)
+                write_state(student, optimizer, step + 1, settings, config)
             share = waited / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {loss:.3f}, {share:.0%} waiting for data", refresh=False)
             bar.update()
@@ -1266,22 +1273,22 @@ def state_file(config):
     return Path(f"{config.out}.state")
 
 def settings_of(student, images, config):
-    """What must be the same when a run goes on, and FREE_TO_CHANGE."""
+    """What must be the same when a run goes on, and FREE_TO_CHANGE; hashed once a run."""
     teacher = Path(config.teacher)
     teacher_digest = hashlib.sha256(teacher.read_bytes()).hexdigest() if teacher.is_file() else ""
     return {**asdict(config), "processes": PROCESSES, "images": images,
-            "classes": student.class_names, "content of the teacher": teacher_digest}
+            "classes": student.class_names, "content of the teacher": teacher_digest,
+            "frozen backbone": fingerprint(student.backbone)}
 
-def write_state(student, optimizer, step, images, config):
+def write_state(student, optimizer, step, settings, config):
     """All that --resume needs after `step` steps. The probe is in it since a GPU does not repeat it
     to the bit."""
     write_checkpoint("state", {
-        "settings": settings_of(student, images, config), "step": step,
-        "tuned": tuned_state(student), "optimizer": optimizer.state_dict(),
-        "original": student.original.state_dict(), "backbone": fingerprint(student.backbone)},
+        "settings": settings, "step": step, "tuned": tuned_state(student),
+        "optimizer": optimizer.state_dict(), "original": student.original.state_dict()},
         state_file(config))
 
-def read_state(student, optimizer, images, config):
+def read_state(student, optimizer, settings, config):
     """Sets student and optimizer to the state beside config.out; returns its step, 0 where there is
     none. Raises Refusal where it is of other settings or another M_b, or the run is over."""
     path = state_file(config)
@@ -1292,13 +1299,10 @@ def read_state(student, optimizer, images, config):
         return 0
     saved = read_checkpoint(path, "state")
     with refusing_damage(path):
-        settings = settings_of(student, images, config)
         for name, value in saved["settings"].items():
             if name not in FREE_TO_CHANGE and settings[name] != value:
                 raise Refusal(f"--resume: {name} was {value} and is now {settings[name]}; give the "
                               f"same settings, or remove {path}")
-        if saved["backbone"] != fingerprint(student.backbone):
-            raise Refusal(f"--resume: {path} is of another network; remove it to start anew")
         student.original.load_state_dict(saved["original"])
         load_tuned(student, saved["tuned"])
         optimizer.load_state_dict(saved["optimizer"])
