@@ -469,7 +469,7 @@ def plain_column(path, name, args, pretrained):
     """Column of a network by name or file; raises Refusal. A tower without a classifier takes text
     for one (CLIP), or a linear probe (--probe), fitted later."""
     network = load_network(path, pretrained).to(args.device, memory_format=torch.channels_last)
-    column = Column(name, "network", network.eval(), network.class_names)
+    column = Column(name, "network", network, network.class_names)
     if network.classifier is not None:
         column.count = len(network.classifier.weight)
         if column.classes is None and column.count == 1000:
@@ -511,7 +511,7 @@ def variants(student, name, args):
             label += f" {rule}"
         if args.passes:
             label += f" K {passes}"
-        variant = interpolated(student, alpha).eval()
+        variant = interpolated(student, alpha)
         variant.config = replace(config, rule=rule, passes=passes)
         variant.masks = dropout_masks(variant.config, features).to(student.masks.device)
         yield label, variant
@@ -905,10 +905,10 @@ def cost(path, config, args):
     """Print what inference and a training step of each recipe cost an image, for the student of a
     plug-in, beside the network that it was made from: by the library's own forward pass, and with
     its last block computed for the class token alone."""
-    network = load_original(path).to(args.device).eval()
+    network = load_original(path).to(args.device)
     teacher = None
     if config.teacher:
-        teacher = load_network(config.teacher).to(args.device).eval()
+        teacher = load_network(config.teacher).to(args.device)
     n = 64 if args.device == "cuda" else 4
     pixels = torch.rand(n, 3, network.size, network.size, device=args.device)
     tasks = {"library's forward pass": functools.partial(forward_pass, network, pixels, True)}

@@ -94,7 +94,7 @@ class Config:
     zero_shot: bool = False  # Sec. 4.4: the text embeddings stay the classifier
     augment: Literal["augmix", "augmix+deepaugment", "none"] = "augmix+deepaugment"  # Sec. 4.2
     severity: int = 2  # AugMix on torchvision's scale: 2 = published 1 (ImageNet), 4 = 3 (CIFAR)
-    jsd: float = 12.0  # [12]: weight of Jensen-Shannon in --make-teacher; 0: plain cross-entropy
+    jsd: float = 0.0  # [12]: weight of Jensen-Shannon in --make-teacher; published: 12
     temperature: float = 2.0  # T of the distillation loss; not in the paper
     distill_weight: float = 1.0  # weight of L_d beside L_c; not in the paper
     dropout: float = 0.1  # Sec. 4.3.2: rate before each classifier; rate not in the paper
@@ -1341,7 +1341,7 @@ def load_teacher(config, class_names):
                       f"{len(class_names)} classes; see --make-teacher")
     elif RANK == 0:
         print(f"teacher   {config.teacher} names no classes: taken in the order of the folders")
-    return teacher.to(config.device).eval().requires_grad_(False)
+    return teacher.to(config.device).requires_grad_(False)
 
 def give_classifier(network, samples, names, config):
     """Makes `network` the original M for the classes of --data; raises Refusal.
@@ -1540,8 +1540,7 @@ def demo(folder="demo"):
     stem = {"stem_type": "deep", "stem_width": 8}
     student = {"layers": [1, 1, 2, 6], "channels": [16, 32, 32, 32], **stem}
     teacher = {"layers": [1, 1, 1, 1], "channels": [16, 24, 32, 48], **stem}
-    new = replace(common, make_teacher="resnet18", pretrained="none", image_size=64, jsd=0.0,
-                  lr=3e-3)
+    new = replace(common, make_teacher="resnet18", pretrained="none", image_size=64, lr=3e-3)
     train(replace(new, model_args=student, augment="none", epochs=12, out=f"{folder}/student.pt"))
     train(replace(new, model_args=teacher, epochs=7, out=f"{folder}/teacher.pt"))
     for recipe in ("three-heads", "apt"):

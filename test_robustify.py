@@ -152,7 +152,7 @@ def trained(tmp_path_factory):
 def make_teacher(trained, out, name="resnet18", model_args=NARROW):
     """Arguments that make a teacher."""
     return ["--make-teacher", name, *NEW, "--model-args", json.dumps(model_args), *FLAGS,
-            "--data", str(trained / "data"), "--out", str(out)]
+            "--jsd=12", "--data", str(trained / "data"), "--out", str(out)]
 
 def robustify(trained, out, *flags):
     """Arguments that robustify student.pt."""
