@@ -852,10 +852,18 @@ def fit_probe(column, args):
 
 # --- Cost -----------------------------------------------------------------------------------------
 
+def flops_of_convolution_backward(grad, x, weight, *settings, out_shape):
+    """Of each gradient that is wanted, as many as the forward pass has; torch's counter takes a
+    grouped convolution for a dense one."""
+    wants_x, wants_weight, _ = settings[-1]
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * (wants_x + wants_weight)
+
 def count_macs(task):
     """Multiply-accumulates of task(), in 1e9; fused attention would hide from the counter."""
+    formulas = {torch.ops.aten.convolution_backward: flops_of_convolution_backward}
     torch.backends.mha.set_fastpath_enabled(False)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with sdpa_kernel(SDPBackend.MATH), counter:
         task()
     torch.backends.mha.set_fastpath_enabled(True)
     return counter.get_total_flops() / 2e9

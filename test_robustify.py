@@ -1603,6 +1603,16 @@ def test_cost_by_hand(plug_ins, tmp_path):
         step, = [value for row, value in found.items() if row.startswith(f"train {name},")]
         assert step == pytest.approx(expected, rel=1e-3)
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_macs_of_a_convolution(groups):
+    """Forward pass, gradient of the input and of the weight cost the same."""
+    convolution = nn.Conv2d(8, 16, 3, padding=1, groups=groups)
+    x = torch.rand(2, 8, 5, 5, requires_grad=True)
+    forward = 2 * 16 * 5 * 5 * (8 // groups) * 9
+    assert ev.count_macs(lambda: convolution(x)) * 1e9 == pytest.approx(forward)
+    both = ev.count_macs(lambda: convolution(x).sum().backward()) * 1e9
+    assert both == pytest.approx(3 * forward)
+
 def test_transfer_features_are_where_tuning_acted(plug_ins, tmp_path):
     """Shared blocks, or what each head's classifier sees where nothing is shared; tokens of any
     kind are pooled."""
