@@ -441,7 +441,7 @@ def load_columns(args):
         if not is_file or read_checkpoint(path, "any")["format"] != "robustify plug-in":
             columns.append(plain_column(path, name, args, "" if is_file else args.pretrained))
             continue
-        student = load(path).to(args.device, memory_format=torch.channels_last)
+        student = load(path).to(args.device)
         teacher = student.config.teacher
         if args.cost and teacher.endswith(".pt") and not Path(teacher).is_file():
             raise Refusal(f"--cost: needs {teacher}, the teacher of {path}")
@@ -468,7 +468,7 @@ def load_columns(args):
 def plain_column(path, name, args, pretrained):
     """Column of a network by name or file; raises Refusal. A tower without a classifier takes text
     for one (CLIP), or a linear probe (--probe), fitted later."""
-    network = load_network(path, pretrained).to(args.device, memory_format=torch.channels_last)
+    network = load_network(path, pretrained).to(args.device)
     column = Column(name, "network", network, network.class_names)
     if network.classifier is not None:
         column.count = len(network.classifier.weight)

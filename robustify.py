@@ -1205,8 +1205,7 @@ def fit(student, loss_of, views, config, write):
 
     views: TrainingViews. write(): saves the student, after each epoch. Dropout follows from
     (seed, rank, step), views and order from the seed, so that --resume needs weights, optimiser and
-    step alone. Raises
-    Refusal where a loss, gradient or weight is not finite.
+    step alone. Raises Refusal where a loss, gradient or weight is not finite.
     """
     student.to(config.device)
     optimizer = make_optimizer(student, config)
