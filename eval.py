@@ -27,15 +27,17 @@ A folder is recognised by its layout, and its classes are looked up among a mode
     other names             refused                by name, or refused    its new classes (c)
 
 (a) A library's network with 1000 outputs. (b) CLIP without a classifier, or a plug-in of
---zero-shot; (c) a plug-in its own classes where it has them. One class alone is refused, and so are
-wnids that are not ImageNet's. (d) As they are where its own names are numbers.
+--zero-shot; (c) a plug-in its own classes where it has them; wnids that are not ImageNet's are
+refused, for they are no words. (d) As they are where its own names are numbers. One class alone is
+refused.
 
 Small squares (CIFAR) are seen whole, published corruptions as they are, other images after Resize
 256, CenterCrop 224, or likewise for the model's input size. Corruptions are made here at 224 px, or
-at the size of small squares. A folder with fewer classes than the model is decided among them; "of
-all" counts all outputs. Of a plug-in every predictor is measured in one pass: the original, each
-head, the one that Eq. 6 selects, and the oracle, which is right where the clean or the unclean head
-is. A val/ or test/ of classes that a model knows is no shift for it, and not in the average.
+at the size of small squares. On a GPU networks compute in bfloat16. A folder with fewer classes
+than the model is decided among them; "of all" counts all outputs. Of a plug-in every predictor is
+measured in one pass: the original, each head, the one that Eq. 6 selects, and the oracle, which is
+right where the clean or the unclean head is. A val/ or test/ of just a model's classes is no shift
+for it, and not in the average.
 
 [2] Barbu et al.: ObjectNet. [11] Hendrycks, Dietterich: Benchmarking Neural Network Robustness to
 Common Corruptions and Perturbations (ImageNet-C, mCE).
@@ -48,6 +50,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -140,8 +143,9 @@ def predict(column, pixels, z):
 @torch.no_grad()
 def judge(groups, images, labels, args):
     """One batch through all models: images {input size: uint8 (B, 3, n, n)}, labels (B,) ->
-    {(column, predictor): (B,) bool}, right or wrong. A group of columns shares M_b, which runs
-    once. "of all" is the answer among all outputs; --average adds the mean of all answers."""
+    {(column, predictor): (B,) bool}, right or wrong ("clean share": chosen or not). A group of
+    columns shares M_b, which runs once. "of all" is the answer among all outputs; --average adds
+    the models' mean."""
     right = {}
     answers = []
     for group in groups:
@@ -174,13 +178,13 @@ def measure(folder, columns, args):
     Sets that share their images are measured together: an image is read once, corrupted once for
     all models, and each sees it at its own size. Under torchrun a process judges its share."""
     for column in columns:
-        meet(column, folder, args)
+        set_outputs(column, folder, args)
     groups = grouped(columns)
     sizes = {column.model.size for column in columns}
-    passes = [[test_set] for test_set in folder.sets]
+    together = [[test_set] for test_set in folder.sets]
     if folder.kind in ("classes", "objectnet"):
-        passes = [folder.sets]
-    for sets in passes:
+        together = [folder.sets]
+    for sets in together:
         pictures = Pictures(sets[0].samples, sizes, folder.kind, sets[-1].made)
         n = len(pictures)
         rows = [{} for _ in sets]
@@ -205,7 +209,7 @@ def make(test_set, images, indices, args):
     """The images uint8 (B, 3, n, n) under the set's corruption."""
     images = corrupt(images, test_set.corruption, test_set.severity, indices, args.seed, args.frost)
     if args.jpeg:
-        images = jpeg_85(images)
+        images = jpeg(images, 85)  # in which the published test sets were saved
     return images
 
 def gathered(rows):
@@ -294,8 +298,7 @@ def read_folder(path, name, args):
     for corruption in args.corrupt:
         for severity in args.severity:
             folder.sets.append(TestSet(folder.sets[0].samples, corruption, severity, made=True))
-    if args.corrupt:
-        folder.averaged = args.corrupt
+    folder.averaged = folder.averaged or args.corrupt
     if set(FIFTEEN) <= set(args.corrupt):
         folder.averaged = list(FIFTEEN)
     return folder
@@ -311,14 +314,12 @@ def severity_folders(path):
     """{(corruption, severity): folder} of ImageNet-C's layout, or of a part of it; {} of others."""
     if path.parent.name in [*CORRUPTIONS, "spatter"] and path.name in list("12345"):
         return {(path.parent.name, int(path.name)): path}
+    found = {}
     for depth in ("", "*/", "*/*/"):
-        found = {}
         for folder in sorted(path.glob(f"{depth}[1-5]")):
             if any(folder.glob("*/*")):
                 found[folder.parent.name, int(folder.name)] = folder
-        if found:
-            return found
-    return {}
+    return found
 
 def published_folder(path, name, cells, args):
     """Folder of ImageNet-C's layout; cells that are not there are kept as `missing`."""
@@ -412,7 +413,7 @@ def shortened(names):
     """The first three of a list, for a message."""
     return ", ".join(names[:3]) + " ..." * (len(names) > 3)
 
-def meet(column, folder, args):
+def set_outputs(column, folder, args):
     """Set the outputs that mean the folder's classes, of a zero-shot model also its classes. A
     plug-in keeps the embeddings that it was tuned with, unless --templates are given."""
     names, outputs = class_outputs(folder, column)
@@ -425,7 +426,7 @@ def meet(column, folder, args):
         column.model.to(args.device)
         column.count = len(names)
     widest = max(len(some) for some in outputs)
-    rows = [(some * widest)[:widest] for some in outputs]
+    rows = [(some * widest)[:widest] for some in outputs]  # repeats do not change the maximum
     column.outputs = torch.tensor(rows, device=args.device)
 
 # --- Models ---------------------------------------------------------------------------------------
@@ -445,11 +446,11 @@ def load_columns(args):
         teacher = student.config.teacher
         if args.cost and teacher.endswith(".pt") and not Path(teacher).is_file():
             raise Refusal(f"--cost: needs {teacher}, the teacher of {path}")
-        stages = [*student.backbone, *student.original[0], *student.original[1]]
-        whole = student.size, fingerprint(nn.Sequential(*stages))  # wherever it is cut
+        network = nn.Sequential(*student.backbone, *student.original[0], *student.original[1])
+        whole = student.size, str(network), fingerprint(network)  # wherever it is cut
         if whole not in originals:
             originals[whole] = student_column(f"original of {name}", "original", student, args)
-        frozen = student.size, fingerprint(student.backbone)
+        frozen = student.size, str(student.backbone), fingerprint(student.backbone)
         student.backbone = backbones.setdefault(frozen, student.backbone)
         for label, variant in variants(student, name, args):
             column = student_column(label, "plug-in", variant, args)
@@ -501,7 +502,7 @@ def variants(student, name, args):
     if not (args.alpha or rules or args.passes):
         yield name, student
         return
-    features = student.masks.shape[1]
+    width = student.masks.shape[1]
     for alpha, rule, passes in itertools.product(
             args.alpha or [1.0], rules or [config.rule], args.passes or [config.passes]):
         label = name
@@ -513,7 +514,7 @@ def variants(student, name, args):
             label += f" K {passes}"
         variant = interpolated(student, alpha)
         variant.config = replace(config, rule=rule, passes=passes)
-        variant.masks = dropout_masks(variant.config, features).to(student.masks.device)
+        variant.masks = dropout_masks(variant.config, width).to(student.masks.device)
         yield label, variant
 
 def grouped(columns):
@@ -586,8 +587,9 @@ def summary(folder, keys):
     for name in dict.fromkeys(corruption for corruption, _ in cells if corruption):
         rows.append([name, *mean_of(cells, [name])])
     severities = sorted({severity for name, severity in cells if name in averaged})
-    for severity in severities if len(severities) > 1 else []:
-        rows.append([f"severity {severity}", *mean_of(cells, averaged, severity)])
+    if len(severities) > 1:
+        for severity in severities:
+            rows.append([f"severity {severity}", *mean_of(cells, averaged, severity)])
     if averaged:
         label = f"mean of {len(averaged)} corruptions"
         if set(averaged) == set(FIFTEEN):
@@ -674,38 +676,47 @@ def report(folder, folders, columns, args):
             keys = [(column.original.name, "answer"), *[(column.name, p) for p in predictors]]
             show(args, [column.name, "original", *HEADS, "selected", "oracle", "clean share"],
                  summary(folder, keys))
-    rows = []
+    pairs = []
     for i, column in enumerate(columns):
-        for other in columns[:i] if column.kind == "plug-in" else []:
-            rows.append([f"{column.name} minus {other.name}",
-                         paired(folder, [""], column.name, other.name),
-                         paired(folder, folder.averaged, column.name, other.name)])
+        if column.kind == "plug-in":
+            pairs += [(column.name, other) for other in names[:i]]
+    if args.average:
+        pairs += [("average", column.name) for column in columns]
+    rows = []
+    for one, other in pairs:
+        rows.append([f"{one} minus {other}", paired(folder, [""], one, other),
+                     paired(folder, folder.averaged, one, other)])
     if rows:
         show(args, ["points, +- 2 paired standard errors", "as they are", "corrupted"], rows)
 
 def average_of_shifts(folders, columns, args):
     """Print the last column of Tables 1 to 3: the average over folders, a corrupted one by its mean
     over corruptions; a model's own test set, where it is one, is no shift for it."""
-    keys = [(column.name, "answer") for column in columns]
+    names = [column.name for column in columns]
+    known = [set(column.classes or IMAGENET) for column in columns]
+    if args.average:
+        names.append("average")
+        known.append(known[-1])
+    keys = [(name, "answer") for name in names]
     rows = []
     is_shift = []
     for folder in folders:
         cells = accuracies(folder, keys)
         if ("", 0) in cells:
             rows.append([folder.name, *cells["", 0]])
-            own = [set(folder.classes) <= set(column.classes or IMAGENET) for column in columns]
-            is_shift.append([not (folder.held_out and is_own) for is_own in own])
+            own = [folder.held_out and set(folder.classes) == classes for classes in known]
+            is_shift.append(np.logical_not(own))
         if measured_corruptions(folder):
             suffix = "-C" * any(test_set.made for test_set in folder.sets)
             rows.append([folder.name + suffix, *mean_of(cells, measured_corruptions(folder))])
-            is_shift.append([True] * len(columns))
-    if np.sum(is_shift, axis=0).max(initial=0) < 2:
+            is_shift.append([True] * len(names))
+    if len(folders) < 2 or np.sum(is_shift, axis=0).max(initial=0) < 2:
         return
     accuracy = np.array([row[1:] for row in rows])
     average = np.ma.masked_array(accuracy, np.logical_not(is_shift)).mean(0).filled(np.nan)
     rows.append(["average of shifts", *average])
     rows.append(["its error", *(1 - average)])
-    show(args, ["accuracy", *[column.name for column in columns]], rows)
+    show(args, ["accuracy", *names], rows)
 
 def write_json(folders, columns, args, partial):
     """Everything that was measured, with what is needed to repeat it."""
@@ -728,7 +739,9 @@ def write_json(folders, columns, args, partial):
     own = {name: value for name, value in vars(args).items() if name != "tables"}
     content = {"partial": partial, "sets": sets, "missing": {f.name: f.missing for f in folders},
                "tables": args.tables, "arguments": own, "models": models, "versions": versions}
-    Path(args.json).write_text(json.dumps(content, indent=1, default=float))
+    temporary = Path(f"{args.json}.part")
+    temporary.write_text(json.dumps(content, indent=1, default=float))
+    os.replace(temporary, args.json)
 
 def plot(folders, columns, args):
     """Accuracy, and the share of the clean head, against severity (Figure 3); 0 is uncorrupted."""
@@ -745,14 +758,14 @@ def plot(folders, columns, args):
             averaged = measured_corruptions(folder)
             for column, colour in zip(columns, colours):
                 cells = accuracies(folder, [(column.name, predictor)])
-                levels = sorted({level for name, level in cells if name in ["", *averaged]})
+                severities = sorted({level for name, level in cells if name in ["", *averaged]})
                 values = []
-                for level in levels:
-                    names = averaged if level else [""]
-                    values.append(100 * mean_of(cells, names, level)[0])
+                for severity in severities:
+                    names = averaged if severity else [""]
+                    values.append(100 * mean_of(cells, names, severity)[0])
                 if averaged and not np.isnan(values).any():
                     label = f"{column.name}, {folder.name}"
-                    axis.plot(levels, values, style, marker="o", color=colour, label=label)
+                    axis.plot(severities, values, style, marker="o", color=colour, label=label)
         axis.set(xlabel="severity, 0 is uncorrupted", ylabel=title, xticks=range(6))
         axis.legend(fontsize="small")
     figure.savefig(args.plot)
@@ -924,10 +937,13 @@ def cost(path, config, args):
     if any(isinstance(module, ClassTokenBlock) for module in network.modules()):
         tasks["the same, class token"] = functools.partial(forward_pass, network, pixels, False)
         ratios["/ class token"] = "the same, class token"
-    student = assemble(network, config).to(args.device)
-    for passes in (1, 5, 10):
-        name = f"{config.recipe}, K = {passes}"
+    inferences = [("apt", config.passes), ("three-heads", 1), ("three-heads", config.passes)]
+    for recipe, passes in inferences:
+        student = assemble(network, replace(config, recipe=recipe)).to(args.device)
+        name = f"{recipe}, K = {passes}"
         tasks[name] = functools.partial(inference, student, pixels, passes)
+    if teacher is not None:
+        tasks["teacher"] = functools.partial(forward_pass, teacher, pixels, False)
     for recipe, row in RECIPES.items():
         if "robust" in (row.clean_teacher, row.augmented_teacher) and teacher is None:
             continue
@@ -1331,10 +1347,6 @@ def corrupt(images, name, severity, indices, seed=0, frost=None):
         corrupted[chunk] = levels(x).byte()
     return corrupted
 
-def jpeg_85(images):
-    """Images (uint8) after JPEG of quality 85, in which the published test sets were saved."""
-    return jpeg(images, 85)
-
 # --- main -----------------------------------------------------------------------------------------
 
 DEMO = ("speckle_noise", "gaussian_blur", "saturate", "impulse_noise", "defocus_blur",
@@ -1356,14 +1368,15 @@ def parse(arguments):
         "(WiSE-FT): 0 is the original but for MC dropout, 1 the plug-in")
     add("--rule", nargs="+", choices=("kl-u", "u", "kl", "confidence"), help="a column for each")
     add("--passes", nargs="+", type=int, help="a column for each K")
-    add("--average", action="store_true", help="a column for the mean of all models' answers")
+    add("--average", action="store_true", help="a column for the mean of all models' probabilities")
     add("--corrupt", nargs="*", metavar="NAME", choices=CORRUPTIONS, help="corrupt the images "
         "too: the fifteen, or those named; for tuning " + ", ".join(VALIDATION))
     add("--severity", nargs="+", type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5],
         metavar="1..5")
     add("--frost", help="folder of ImageNet-C's frost photos; without it fourteen corruptions")
     add("--jpeg", action="store_true", help="after corrupting, JPEG of quality 85 as published")
-    add("--transfer", nargs="+", default=[], help="folders with train/ and val/ for linear probes")
+    add("--transfer", nargs="+", default=[], help="folders with train/ and val/ (or "
+        "else test/) for linear probes")
     add("--cost", action="store_true", help="GMACs and milliseconds of every recipe")
     add("--plot", help="picture of accuracy against severity (needs matplotlib)")
     add("--json", help="write everything that was measured to this file")
@@ -1381,7 +1394,8 @@ def parse(arguments):
             raise Refusal(f"{args.model[-1]}: no such file; make it with: python robustify.py")
     if args.corrupt == []:
         args.corrupt = [name for name in FIFTEEN if args.frost or name != "frost"]
-    args.corrupt = args.corrupt or []
+    args.corrupt = list(dict.fromkeys(args.corrupt or []))
+    args.is_demo = not arguments
     args.tables = []
     return args
 
@@ -1395,6 +1409,8 @@ def check(args):
         raise Refusal("--passes: from 2; --alpha: from 0 to 1")
     if args.templates and args.templates not in TEMPLATES and args.templates.count("{}") != 1:
         raise Refusal("--templates: openai, simple, or a string with {} for the class name")
+    if (args.frost or args.jpeg) and not args.corrupt:
+        raise Refusal("--frost, --jpeg: only with --corrupt")
     if "frost" in args.corrupt and not args.frost:
         raise Refusal("--corrupt frost: needs --frost, the folder of its photos")
     if args.frost:
@@ -1434,8 +1450,9 @@ def evaluate(folders, columns, args):
     partial = True
     try:
         costed = {column.path: column.model.config for column in columns if column.path}
-        for path, config in costed.items() if args.cost else []:
-            cost(path, config, args)
+        if args.cost:
+            for path, config in costed.items():
+                cost(path, config, args)
         for column in columns:
             if column.probed:
                 fit_probe(column, args)
@@ -1448,13 +1465,11 @@ def evaluate(folders, columns, args):
         if partial:
             print("\nnot finished: the tables and --json hold what was")
         average_of_shifts(folders, columns, args)
-        if args.average:
-            print("\naverage: the mean of all models' answers, at the cost of all of them")
-        if args.json and not RANK:
+        if args.json and args.tables and not RANK:
             write_json(folders, columns, args, partial)
-        if args.plot and not RANK:
+        if args.plot and not RANK and any(folder.results for folder in folders):
             plot(folders, columns, args)
-    if args.data == ["demo/val"]:
+    if args.is_demo:
         print("\nWhat to see: how far APT and three heads stand above the original under "
               "corruption,\nand how much more often Eq. 6 chooses the clean head on val.")
 
@@ -1462,6 +1477,8 @@ def measure_and_report(folder, folders, columns, args):
     """Print what a folder is, and its tables, also where measuring it ends early."""
     made = any(test_set.made for test_set in folder.sets)
     print(f"\n{folder.name}: {len(folder.sets[0].samples)} images, {len(folder.classes)} classes")
+    if all(name.isdecimal() for name in folder.classes):
+        print("numbers as classes: outputs of an ImageNet network, unless a model has such names")
     if made:
         print("corruptions made here" + ", then JPEG of quality 85" * args.jpeg)
     if made and set(folder.averaged) == set(FIFTEEN) - {"frost"}:

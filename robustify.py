@@ -18,7 +18,7 @@ divergence to the combined head chooses between the clean and the unclean head.
     M = M_h M_s M_b    Eq. 1       backbone, shared, heads[name]     RobustStudent; assemble cuts
     M, the original    Sec. 4.3.1  backbone, then original           frozen
     M_t                Sec. 4.2    teacher                           a small Network, frozen
-    D^a                Sec. 4.3    TrainingViews                     pixels (B, 3, H, W) in [0, 1]
+    D^a                Sec. 4.3    TrainingViews                     clean and augmented images
     c, m, u            Sec. 4.3.1  "clean", "combined", "unclean"    HEADS
     L_c, L_d           Sec. 4.3.1  cross_entropy, distillation       (B,), a value for each example
     L_clean, L_aug, L  Eqs. 3-5    student_loss                      beta (B,), 1 where is_clean
@@ -109,11 +109,13 @@ class Config:
     limit: int = 0  # use so many training images, drawn by the seed; 0: all
     seed: int = 0  # of new weights, order, views and dropout masks
     workers: int = min(8, os.cpu_count() or 1)  # data loading processes, for each process
-    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cuda", "cpu"] = ""  # default: cuda where torch finds a GPU
     resume: bool = False  # go on from the state that an interrupted run left beside --out
     save_every: int = 0  # steps between such states; 0: after each epoch
 
     def __post_init__(self):
+        if not self.device:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
         check_settings(self)
 
 # --- The student: M = M_h . M_s . M_b (Eq. 1) under three heads (Sec. 4.1, Figure 4) --------------
@@ -123,8 +125,8 @@ class BranchDropout(nn.Module):
 
     Sec. 4.3.2 wants dropout from M_s on; the place is not in the paper. The networks' own will not
     do: open_clip's towers have none, timm's fused attention reads another switch. Dropping values
-    of the sum at p = 0.1 would be noise of a third of the signal. Where a block changes the shape
-    there is no sum, and no dropout.
+    of the sum at p = 0.1 would be noise of a third of the signal. In a block that ends with a ReLU
+    that is what it changed. Where a block changes the shape there is no sum, and no dropout.
     """
 
     def __init__(self, block):
@@ -184,7 +186,7 @@ class Prediction(NamedTuple):
 
     probabilities: torch.Tensor  # (B, C), phi of the chosen head
     head: torch.Tensor           # (B,), index into HEADS
-    uncertainty: torch.Tensor    # (B,), U_mc of the chosen head, a standard deviation in [0, 0.5]
+    uncertainty: torch.Tensor    # (B,), U_mc of the chosen head; small, a mean over classes
     phi: dict                    # {head name: (B, C)}
 
 class RobustStudent(nn.Module):
@@ -229,8 +231,8 @@ class RobustStudent(nn.Module):
                 module.dropout.p = self.config.block_dropout
             if hasattr(module, "inplace"):
                 module.inplace = False  # the heads and the original read the same activations
-        self.classes, features = self.heads["combined"].classifier.weight.shape
-        self.masks = nn.Buffer(dropout_masks(self.config, features))           # (K, D)
+        self.classes, width = self.heads["combined"].classifier.weight.shape   # C, D
+        self.masks = nn.Buffer(dropout_masks(self.config, width))              # (K, D)
         self.eval()
 
     def train(self, mode=True):
@@ -248,11 +250,10 @@ class RobustStudent(nn.Module):
         """pixels (B, 3, H, W) in [0, 1] -> class probabilities (B, C)."""
         return self.predict(pixels).probabilities
 
+    @torch.no_grad()
     def predict(self, pixels):
         """pixels (B, 3, H, W) in [0, 1] -> Prediction; in eval mode nothing is random."""
-        with torch.no_grad():
-            z = self.backbone(pixels)                                          # M_b
-        return self.predict_from(z)
+        return self.predict_from(self.backbone(pixels))                        # M_b
 
     @torch.no_grad()
     def predict_from(self, z):
@@ -275,7 +276,7 @@ class RobustStudent(nn.Module):
     @torch.no_grad()
     def original_probabilities(self, z):
         """z, what M_b gives -> class probabilities (B, C) of the untouched M."""
-        return self.original(z).float().softmax(-1)
+        return self.original(z.clone()).float().softmax(-1)
 
 # --- The loss (Sec. 4.3.1) ------------------------------------------------------------------------
 
@@ -292,7 +293,8 @@ def student_loss(student, teacher, pixels, labels, is_clean):
     Under three heads a clean example has the original M as its teacher and reaches the clean and
     the combined head; an augmented example has the robust teacher and reaches the unclean and the
     combined head. No augmented example moves the clean head, nor a clean one the unclean head.
-    Other recipes lack heads, or teachers: without one, labels alone.
+    (Eqs. 3 and 4 name one teacher; that each kind has its own is the text of Sec. 4.3.1.) Other
+    recipes lack heads, or teachers: without one, labels alone.
     """
     recipe = student.recipe
     rows = {"clean": is_clean, "combined": torch.ones_like(is_clean), "unclean": ~is_clean}
@@ -322,20 +324,20 @@ def student_loss(student, teacher, pixels, labels, is_clean):
 
 # --- Head selection (Sec. 4.3.2) ------------------------------------------------------------------
 
-def dropout_masks(config, features):
-    """K masks of inverted dropout (K, D): 0, or 1 / (1 - rate) where a feature is kept. They are
-    drawn once, for all images and heads, and saved with the student, so that a prediction depends
-    on its image alone (not in the paper)."""
+def dropout_masks(config, width):
+    """K masks of inverted dropout (K, D), D = width: 0, or 1 / (1 - rate) where a feature is kept.
+    They are drawn once, for all images and heads, and saved with the student, so that a prediction
+    depends on its image alone (not in the paper)."""
     keep = 1 - config.dropout
     generator = torch.Generator().manual_seed(config.seed)
-    draws = torch.rand(config.passes, features, generator=generator)
+    draws = torch.rand(config.passes, width, generator=generator)
     return (draws < keep) / keep
 
 def mc_dropout(classifier, features, masks):
     """MC dropout [6]: features (B, D), masks (K, D) -> phi (B, C), U_mc (B,).
 
-    phi is the mean over passes of the softmax, U_mc its standard deviation over passes. The paper
-    does not say how C deviations make one number: here it is their mean.
+    phi is the mean over passes of the softmax, U_mc its standard deviation over passes; that C
+    deviations make one number by their mean is not in the paper.
     """
     logits = classifier(features[:, None] * masks)          # (B, K, C), all passes at once
     p = logits.float().softmax(-1)
@@ -426,6 +428,8 @@ def image_folder(folder):
         reason = str(error).split(" Supported")[0]
         raise Refusal(f"{folder}: {reason} Expected CLASS/IMAGE files, or train/ and val/ that "
                       "hold them.") from error
+    if set(found.classes) <= {"train", "training", "val", "valid", "validation", "test"}:
+        raise Refusal(f"{folder}: holds {', '.join(found.classes)}, which are no classes; name one")
     return found.samples, found.classes
 
 def read_image(path):
@@ -455,7 +459,7 @@ def own_randomness(*numbers):
 def noise2net(image):
     """DeepAugment's form without weights [10]: y + eps f(y), four times, of one image (3, H, W) in
     [0, 1]; f is a Res2Net block of random weights. Published are 64 channels; 16 change the image
-    as much (RMS 0.20) at a fifth of the cost."""
+    as much (RMS 0.20) at a fifth of the cost (not in the paper)."""
     def convolution(x, channels, kernel, dilation):
         bound = (x.shape[1] * kernel**2) ** -0.5
         weight = torch.empty(channels, x.shape[1], kernel, kernel).uniform_(-bound, bound)
@@ -483,7 +487,7 @@ def centre_crop(size):
     return v2.Compose([v2.Resize(resized), v2.CenterCrop(size)])
 
 class CentreViews(Dataset):
-    """For measuring: index -> (pixels uint8 (3, size, size), label); nothing random."""
+    """For measuring: index -> (image uint8 (3, size, size), label); nothing random."""
 
     def __init__(self, samples, size):
         self.samples = samples
@@ -494,7 +498,7 @@ class CentreViews(Dataset):
         return self.crop(read_image(path)), label
 
 class TrainingViews(Dataset):
-    """D^a: (epoch, index) -> (pixels uint8 (3, size, size), label, is_clean).
+    """D^a: (epoch, index) -> (image uint8 (3, size, size), label, is_clean).
 
     A fair coin makes an example clean or augmented (not in the paper); without augmentation all are
     clean. What is random in a view follows from (seed, epoch, index), whatever the processes.
@@ -508,7 +512,7 @@ class TrainingViews(Dataset):
         if size <= 64:
             crop = [v2.Resize(size), v2.RandomCrop(size, padding=size // 8)]
         self.crop = v2.Compose([*crop, v2.RandomHorizontalFlip()])
-        # all_ops would add colour, contrast, brightness and sharpness, which overlap ImageNet-C.
+        # all_ops (not in the paper) would add colour, contrast and others that ImageNet-C tests.
         self.augmix = v2.AugMix(severity=config.severity, all_ops=False)
 
     def __len__(self):
@@ -518,20 +522,20 @@ class TrainingViews(Dataset):
         epoch, index = key
         path, label = self.samples[index]
         with own_randomness(self.seed, epoch, index):
-            pixels, is_clean = self.example(read_image(path))
-        return pixels, label, is_clean
+            view, is_clean = self.example(read_image(path))
+        return view, label, is_clean
 
     def example(self, image):
-        """image -> (pixels, is_clean)."""
+        """image -> (view, is_clean)."""
         is_clean = bool(torch.rand(()) < 0.5) or self.augment == "none"
-        pixels = self.crop(image)
-        return (pixels if is_clean else self.augmented(pixels)), is_clean
+        view = self.crop(image)
+        return (view if is_clean else self.augmented(view)), is_clean
 
-    def augmented(self, pixels):
+    def augmented(self, view):
         """Noise2Net on every second view (its share is not in the paper), then AugMix."""
         if self.augment == "augmix+deepaugment" and torch.rand(()) < 0.5:
-            pixels = (noise2net(pixels / 255) * 255).byte()
-        return self.augmix(pixels)
+            view = (noise2net(view / 255) * 255).byte()
+        return self.augmix(view)
 
 class AugMixTriples(TrainingViews):
     """(epoch, index) -> (uint8 (3, 3, size, size), label, True): a clean view, two augmented."""
@@ -554,8 +558,8 @@ def centre_batches(samples, size, config, title):
     share = range(RANK, len(samples), PROCESSES)
     per_process = max(1, config.batch_size // PROCESSES)
     loader = batches(CentreViews(samples, size), share, per_process, config.workers)
-    for pixels, labels in tqdm(loader, title, -(-len(share) // per_process), disable=RANK > 0):
-        yield pixels.to(config.device) / 255, labels.to(config.device)
+    for images, labels in tqdm(loader, title, -(-len(share) // per_process), disable=RANK > 0):
+        yield images.to(config.device) / 255, labels.to(config.device)
 
 # --- Networks: where a library's network is cut ---------------------------------------------------
 
@@ -585,7 +589,7 @@ class Part(nn.Module):
 class ClassTokenBlock(nn.Module):
     """The last block of a CLIP ViT, of which the class token alone is pooled, (B, N, D) ->
     (B, 1, D): keys and values of all tokens, query, projection and MLP of one. Exact, for a sixth
-    of the cost. `whole` computes all tokens, as the library does."""
+    of the cost (not in the paper). `whole` computes all tokens, as the library does."""
 
     whole = False
 
@@ -823,19 +827,21 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
         tag = "none"
     model_args = dict(model_args or {})
     check_model_args(model_args)
-    torch.manual_seed(seed)  # of random weights, and of a new classifier
+    if timm.is_model(family):
+        build = build_timm
+    elif family in torchvision.models.list_models():
+        build = build_torchvision
+    elif family in open_clip.list_models():
+        build = build_open_clip
+    else:
+        raise Refusal(f"{name}: not an open_clip, timm or torchvision name, nor a .pt file")
     try:
-        if timm.is_model(family):
-            network = build_timm(family, tag, weights, image_size, model_args)
-        elif family in torchvision.models.list_models():
-            network = build_torchvision(family, tag, weights, image_size, model_args)
-        elif family in open_clip.list_models():
-            network = build_open_clip(family, tag, weights, image_size, model_args)
-        else:
-            raise Refusal(f"{name}: not an open_clip, timm or torchvision name, nor a .pt file")
+        with own_randomness(seed):  # of random weights
+            network = build(family, tag, weights, image_size, model_args)
     except (*DAMAGE, OSError) as error:
         # An unknown tag or argument, or weights that do not fit or cannot be had.
-        raise Refusal(f"{name}: {str(error)[:300]} (--pretrained takes TAG, FILE, none)") from error
+        way_out = "" if file else " (--pretrained takes TAG, FILE, none)"
+        raise Refusal(f"{name}: {str(error)[:300]}{way_out}") from error
     network.source = {"name": name, "pretrained": pretrained, "image_size": image_size,
                       "model_args": model_args, "seed": seed}
     network.architecture = {"name": family, "pretrained": "none", "image_size": network.size,
@@ -848,7 +854,7 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
 
 def build_timm(name, tag, weights, image_size, model_args):
     """Network of timm, with the size, mean and std of its tag."""
-    if image_size and re.search("vit|deit", name):
+    if image_size and re.search("vit|deit|eva|beit", name):
         model_args["img_size"] = image_size
     if tag not in ("", "none"):
         name = f"{name}.{tag}"
@@ -856,7 +862,10 @@ def build_timm(name, tag, weights, image_size, model_args):
     if weights is not None:
         net.load_state_dict(weights)
     known = net.pretrained_cfg
-    return Network(net, image_size or known["input_size"][-1], known["mean"], known["std"])
+    size = image_size or known["input_size"][-1]
+    if hasattr(net, "patch_embed"):
+        size = net.patch_embed.img_size[0]  # --model-args may have set it
+    return Network(net, size, known["mean"], known["std"])
 
 def build_torchvision(name, tag, weights, image_size, model_args):
     """Network of torchvision."""
@@ -877,7 +886,8 @@ def build_open_clip(name, tag, weights, image_size, model_args):
     if tag == "none":
         tag = None
     elif tag not in open_clip.list_pretrained_tags_by_model(name):
-        raise Refusal(f"{name}: open_clip has no weights {tag} for it")
+        tags = ", ".join(["none", *open_clip.list_pretrained_tags_by_model(name)])
+        raise Refusal(f"{name}: open_clip has no weights {tag} for it; --pretrained takes {tags}")
     if tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"):
         model_args.setdefault("quick_gelu", True)
     clip = open_clip.create_model(name, pretrained=tag, force_image_size=image_size or None,
@@ -922,15 +932,16 @@ def classifier_from(state, zero_shot):
     if "scale" in state:
         classifier = CosineClassifier(state["weight"], state["scale"], trained=not zero_shot)
     else:
-        classes, features = state["weight"].shape
-        classifier = nn.Linear(features, classes, bias="bias" in state)
+        classes, width = state["weight"].shape
+        classifier = nn.Linear(width, classes, bias="bias" in state)
     classifier.load_state_dict(state)
     return classifier
 
 def read_tensors(path):
     """torch.load of tensors and plain data, so that no code in the file runs; raises Refusal."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of old pickles, which fail below
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickles, which fail below
             return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
@@ -993,7 +1004,7 @@ def write_checkpoint(kind, content, path):
     content = {"format": f"robustify {kind}", **content}
     buffer = io.BytesIO()
     torch.save({**content, "sha256": digest(content)}, buffer)
-    temporary = Path(f"{path}.{os.getpid()}.part")
+    temporary = Path(f"{path}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
@@ -1024,8 +1035,9 @@ def tuned_state(student):
 def load_tuned(student, tuned):
     """Sets exactly the tensors of tuned_state; raises KeyError, naming one that is missing or does
     not belong there."""
-    for name in tuned.keys() ^ tuned_state(student).keys():
-        raise KeyError(name)
+    different = tuned.keys() ^ tuned_state(student).keys()
+    if different:
+        raise KeyError(min(different))
     student.load_state_dict(tuned, strict=False)
 
 def save(student, path):
@@ -1070,11 +1082,21 @@ def load_original(path):
     return original_network(path, read_checkpoint(path, "plug-in"))
 
 def original_network(path, saved):
-    """As load_original, of the content of the file."""
+    """As load_original, of the content of the file. Where the network's own file is not in its
+    place, one of its name beside the plug-in serves; load compares fingerprints."""
     with refusing_damage(path):
-        if not saved["source"]:
+        source = saved["source"]
+        if not source:
             raise Refusal(f"{path}: tuned on modules of your own; give backbone, shared and head")
-        network = load_network(**saved["source"])
+        for key, value in source.items():
+            family, colon, file = str(value).rpartition(":")
+            beside = Path(path).parent / Path(file).name
+            if key in ("name", "pretrained") and beside.is_file() and not Path(file).is_file():
+                source = {**source, key: f"{family}{colon}{beside}"}
+        try:
+            network = load_network(**source)
+        except Refusal as error:
+            raise Refusal(f"{path}: the network that it was tuned on: {error}") from error
         network.classifier = classifier_from(saved["classifier"], saved["config"]["zero_shot"])
         network.class_names = saved["class_names"]
     return network
@@ -1177,12 +1199,12 @@ def autocast(device):
     return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
 def training_step(student, optimizer, loss_of, batch, config):
-    """One update with batch = (pixels uint8, labels, is_clean); returns the loss, a float. Raises
+    """One update with batch = (images uint8, labels, is_clean); returns the loss, a float. Raises
     FloatingPointError, before the update, where the loss or a gradient is not finite."""
-    pixels, labels, is_clean = (t.to(config.device, non_blocking=True) for t in batch)
+    images, labels, is_clean = (t.to(config.device, non_blocking=True) for t in batch)
     optimizer.zero_grad()
     with autocast(config.device):
-        loss = loss_of(pixels / 255, labels, is_clean)
+        loss = loss_of(images / 255, labels, is_clean)
     loss.backward()
     tuned = [p for p in student.parameters() if p.requires_grad]
     if PROCESSES > 1:
@@ -1191,7 +1213,7 @@ def training_step(student, optimizer, loss_of, batch, config):
                 p.grad = torch.zeros_like(p)
             torch.distributed.all_reduce(p.grad)
             p.grad /= PROCESSES
-    norm = nn.utils.clip_grad_norm_(tuned, 1.0)  # [33]'s; T^2 scales gradients
+    norm = nn.utils.clip_grad_norm_(tuned, 1.0)  # as in [33], not in the paper
     if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
         raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
     optimizer.step()
@@ -1210,7 +1232,9 @@ def fit(student, loss_of, views, config, write):
     student.to(config.device)
     optimizer = make_optimizer(student, config)
     settings = settings_of(student, len(views), config)
-    first_step = read_state(student, optimizer, settings, config) if config.resume else 0
+    first_step = 0
+    if can_resume(config):
+        first_step = read_state(student, optimizer, settings, config)
     per_process, per_epoch = count_steps(len(views), config)
     steps = config.epochs * per_epoch
     keys = training_keys(len(views), config, first_step)
@@ -1240,14 +1264,16 @@ def fit(student, loss_of, views, config, write):
                               "--temperature") from error
             if saves:
                 average_statistics(student)
-            if ends_epoch and RANK == 0:
-                write()
             if saves and RANK == 0:
                 write_state(student, optimizer, step + 1, settings, config)
+            if ends_epoch and RANK == 0:
+                write()
             share = waited / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {loss:.3f}, {share:.0%} waiting for data", refresh=False)
             bar.update()
     if RANK == 0:
+        if first_step == steps:
+            write()  # an earlier run ended between its last state and this
         state_file(config).unlink(missing_ok=True)
     if PROCESSES > 1:
         torch.distributed.barrier()  # the others may read what rank 0 wrote
@@ -1272,9 +1298,17 @@ def state_file(config):
     """Where an interrupted run leaves what --resume goes on from."""
     return Path(f"{config.out}.state")
 
+def can_resume(config):
+    """Whether --resume is given and a state lies beside config.out; raises Refusal where there is
+    none since the run is over."""
+    if config.resume and not state_file(config).is_file() and Path(config.out).is_file():
+        raise Refusal(f"--resume: {config.out} is finished, or of another run: there is no "
+                      f"{state_file(config)}; remove {config.out} to start anew")
+    return config.resume and state_file(config).is_file()
+
 def settings_of(student, images, config):
     """What must be the same when a run goes on, and FREE_TO_CHANGE; hashed once a run."""
-    teacher = Path(config.teacher)
+    teacher = Path(config.teacher.rpartition(":")[2])
     teacher_digest = hashlib.sha256(teacher.read_bytes()).hexdigest() if teacher.is_file() else ""
     return {**asdict(config), "processes": PROCESSES, "images": images,
             "classes": student.class_names, "content of the teacher": teacher_digest,
@@ -1289,14 +1323,9 @@ def write_state(student, optimizer, step, settings, config):
         state_file(config))
 
 def read_state(student, optimizer, settings, config):
-    """Sets student and optimizer to the state beside config.out; returns its step, 0 where there is
-    none. Raises Refusal where it is of other settings or another M_b, or the run is over."""
+    """Sets student and optimizer to the state beside config.out; returns its step. Raises Refusal
+    where it is of other settings or another M_b."""
     path = state_file(config)
-    if not path.is_file():
-        if Path(config.out).is_file():
-            raise Refusal(f"--resume: {config.out} is finished, or of another run: there is no "
-                          f"{path}; remove {config.out} to start anew")
-        return 0
     saved = read_checkpoint(path, "state")
     with refusing_damage(path):
         for name, value in saved["settings"].items():
@@ -1313,11 +1342,12 @@ def read_state(student, optimizer, settings, config):
 def training_images(config):
     """([(path, label)], class names) of --data; raises Refusal where the folder is wrong."""
     folder = Path(config.data)
-    if (folder / "train").is_dir():
-        folder = folder / "train"
+    train_folder = folder / "train"  # or a class of this name
+    if train_folder.is_dir() and any(path.is_dir() for path in train_folder.iterdir()):
+        folder = train_folder
     samples, class_names = image_folder(folder)
-    if set(class_names) <= {"training", "val", "valid", "validation", "test"}:
-        raise Refusal(f"{folder}: holds {', '.join(class_names)} but no train/")
+    if len(class_names) < 2:
+        raise Refusal(f"{folder}: holds one class folder, {class_names[0]}; give the folder of all")
     if config.limit:
         drawn = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
         samples = [samples[i] for i in sorted(drawn)]
@@ -1331,7 +1361,8 @@ def check_classes(what, names, expected):
 
 def load_teacher(config, class_names):
     """The robust teacher, frozen; raises Refusal where its classes are not those of --data."""
-    teacher = load_network(config.teacher)
+    shape = {"num_classes": len(class_names)} if ":" in config.teacher else {}
+    teacher = load_network(config.teacher, model_args=shape)
     outputs = 0 if teacher.classifier is None else len(teacher.classifier.weight)
     if teacher.class_names is not None:
         check_classes(f"--teacher {config.teacher}", teacher.class_names, class_names)
@@ -1342,29 +1373,30 @@ def load_teacher(config, class_names):
         print(f"teacher   {config.teacher} names no classes: taken in the order of the folders")
     return teacher.to(config.device).requires_grad_(False)
 
-def give_classifier(network, samples, names, config):
-    """Makes `network` the original M for the classes of --data; raises Refusal.
+def give_classifier(network, names, config):
+    """Gives `network` a classifier for the classes of --data; returns whether VE must begin with a
+    linear probe (Sec. 5). Raises Refusal.
 
-    Its own classifier stays where it is known to be of these classes. Otherwise VE begins with a
-    linear probe (Sec. 5), from the text embeddings where there are any. ZS takes these as they are.
+    Its own classifier stays where it is known to be of these classes. Otherwise the text embeddings
+    are one, where there are any: ZS takes them as they are, the probe starts from them.
     """
     if config.zero_shot and network.text_embeddings is None:
         raise Refusal(f"--zero-shot: {config.student} has no text encoder")
     if network.classifier is not None and network.class_names == names:
-        return
+        return False
     network.class_names = names
     if network.text_embeddings is not None:
         weight, scale = network.text_embeddings(names, device=config.device)
         network.classifier = CosineClassifier(weight, scale, trained=not config.zero_shot)
     else:
-        with torch.no_grad():
-            features = network.eval().features(torch.zeros(1, 3, network.size, network.size))
-        network.classifier = nn.Linear(features.shape[1], len(names))
-    network.eval().to(config.device)
-    if config.zero_shot or network.is_random:
-        return  # the features of random weights are not worth a probe
-    if RANK == 0:
-        print(f"probe     its classifier for the {len(names)} classes of --data, fitted first")
+        with torch.no_grad(), own_randomness(config.seed):
+            features = network.features(torch.zeros(1, 3, network.size, network.size))
+            network.classifier = nn.Linear(features.shape[1], len(names))
+    return not config.zero_shot and not network.is_random  # random features are worth no probe
+
+def probe(network, samples, config):
+    """Fits the classifier to the training images: LP of Sec. 5, here the original M to start from.
+    That a teacher begins with it too is not in the paper: it keeps what it knew."""
     linear_probe(*all_features(network, samples, config), network.classifier)
     if PROCESSES > 1:
         for p in network.classifier.parameters():
@@ -1414,7 +1446,7 @@ def linear_probe(features, labels, classifier, weight_decay=1e-4):
     if not linear:
         classifier.renormalise()
 
-def announce(name, network, views, classes, config):
+def announce(name, network, views, has_probe, config):
     """Print what is about to happen, in one block."""
     stages = ["pixels", "stem", *(f"block {i + 1}" for i in range(len(network.blocks))), "pool"]
 
@@ -1435,18 +1467,21 @@ def announce(name, network, views, classes, config):
           f"{one + (len(recipe.heads) - 1) * head:.1%}")
     if recipe.cut == "part" and abs(one - config.fraction) > 0.25 * config.fraction:
         print(f"          not --fraction {config.fraction:.1%}: one head has {head:.1%}, and only "
-              "whole blocks can be shared (--head-blocks 0: a linear head)")
+              "whole blocks can be shared (--head-blocks 0: none in a head)")
+    teachers = {"original": "the original", "robust": config.teacher, "nobody": "labels alone"}
     print(f"heads     {', '.join(recipe.heads)}; clean examples are taught by "
-          f"{recipe.clean_teacher}, augmented by {recipe.augmented_teacher} (--teacher "
-          f"{config.teacher or 'none'})")
-    print(f"images    {len(views)} of {classes} classes, augmented by {views.augment}")
+          f"{teachers[recipe.clean_teacher]}, augmented by {teachers[recipe.augmented_teacher]}")
+    print(f"images    {len(views)} of {len(network.class_names)} classes, augmented by "
+          f"{views.augment}")
+    if has_probe:
+        print("probe     first a classifier for these classes; the network with it is the original")
     print(f"training  {config.epochs} epochs, {config.epochs * per_epoch} steps of "
           f"{per_process * PROCESSES} images, AdamW, lr {config.lr:g}, on {config.device}; writes "
           f"{config.out}", flush=True)
 
 def train(config):
     """Sec. 4.3: cut the student, plug in its heads, tune them on D^a, write the plug-in. With
-    --make-teacher, Sec. 4.2: the recipe ft-augmented with the Jensen-Shannon term, and a whole
+    --make-teacher, Sec. 4.2: the recipe ft-augmented, plus Jensen-Shannon with --jsd, and a whole
     network is written. Raises Refusal."""
     name = config.make_teacher or config.student
     if config.make_teacher:
@@ -1461,17 +1496,23 @@ def train(config):
         raise Refusal("--augment none: the unclean head would have nothing to learn from")
     if config.dropout == 0 and config.rule in ("kl-u", "u") and "unclean" in recipe.heads:
         raise Refusal(f"--dropout 0: leaves no uncertainty for --rule {config.rule} to compare")
+    resumes = can_resume(config)
     samples, class_names = training_images(config)
     teacher = load_teacher(config, class_names) if needs_teacher else None
     count_steps(len(samples), config)  # refuses before the long work
     network = load_network(name, config.pretrained, config.image_size, config.model_args,
                            config.seed)
-    give_classifier(network, samples, class_names, config)
-    student = assemble(network, config)
+    has_probe = give_classifier(network, class_names, config) and not resumes
     augment = "none" if recipe.views == "clean" else config.augment
     triples = bool(config.make_teacher) and config.jsd > 0 and augment != "none"
     kind = AugMixTriples if triples else TrainingViews
     views = kind(samples, network.size, augment, config)
+    if RANK == 0:
+        announce(name, network, views, has_probe, config)
+    network.to(config.device)
+    if has_probe:
+        probe(network, samples, config)
+    student = assemble(network, config)
 
     def loss_of(pixels, labels, is_clean):
         if triples:
@@ -1484,8 +1525,6 @@ def train(config):
         else:
             save(student, config.out)
 
-    if RANK == 0:
-        announce(name, network, views, len(class_names), config)
     fit(student, loss_of, views, config, write)
 
 # --- The demo: the whole method on drawn shapes, with no download ---------------------------------
@@ -1625,6 +1664,8 @@ def run(arguments):
     join_processes(config.device)
     if not arguments:
         demo()
+    elif config.make_teacher and (config.student or config.teacher):
+        raise Refusal("--make-teacher: trains that network alone; give no --student or --teacher")
     elif config.make_teacher or config.student:
         train(config)
     else:

@@ -35,6 +35,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Categorical, kl_divergence
 from torch.overrides import TorchFunctionMode
+from torchvision.transforms import v2
 
 import eval as ev
 import robustify as rb
@@ -199,10 +200,11 @@ def network_of(family):
 def test_split_equals_whole(family):
     """To the bit, where the last block of a CLIP ViT computes all tokens as the library does."""
     network, net = network_of(family)
-    x = images_of(4, network.size)
+    x = images_of(4, network.size + 16)
     mean = torch.tensor([0.4, 0.5, 0.6])[:, None, None]
     std = torch.tensor([0.2, 0.25, 0.3])[:, None, None]
-    normalised = ((x - mean) / std).contiguous(memory_format=torch.channels_last)  # as Preprocess
+    small = F.interpolate(x, (network.size, network.size), mode="bicubic", antialias=True)
+    normalised = ((small - mean) / std).contiguous(memory_format=torch.channels_last)
     expected = net(normalised)
     assert expected.std(0).min() > 1e-3  # the images differ
     assert rb.count_parameters(network) == rb.count_parameters(net)
@@ -233,14 +235,12 @@ def test_cut_is_the_best():
         assert sum(p.numel() for p in student.parameters() if p.requires_grad) == best
         assert len(student.heads["combined"].body) == head_blocks + 1  # and the pool
 
-@pytest.mark.parametrize("recipe, first", [("lp", 4), ("apt", 2), ("ft", 0)])
-def test_what_a_recipe_tunes(recipe, first):
-    """Of four blocks those from `first` on; the stem too from 0 on, the classifier alone from 4."""
+@pytest.mark.parametrize("recipe", ["lp", "ft"])
+def test_what_a_recipe_tunes(recipe):
+    """The classifier alone, or everything."""
     network = make_network()
     student = make_student(recipe=recipe)
-    expected = rb.count_parameters(network.blocks[first:], network.classifier)
-    if recipe == "ft":
-        expected = rb.count_parameters(network)
+    expected = rb.count_parameters(network if recipe == "ft" else network.classifier)
     assert sum(p.numel() for p in student.parameters() if p.requires_grad) == expected
     x = images_of(3)
     assert torch.equal(student.original(student.backbone(x)), network(x))
@@ -257,9 +257,10 @@ def test_share_is_printed_as_it_is(trained, tmp_path, capsys):
 
 # --- Gradients and loss ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("recipe, is_random", [("three-heads", False), ("ft", False), ("ft", True)])
+@pytest.mark.parametrize("recipe, is_random", [("three-heads", True), ("ft", False), ("ft", True)])
 def test_training_leaves_the_frozen_alone(recipe, is_random):
-    """Batch-norm statistics move only where a network begins at random weights."""
+    """Batch-norm statistics move only where a network begins at random weights and is tuned
+    whole."""
     network = make_network()
     network.is_random = is_random
     student = rb.assemble(network, rb.Config(recipe=recipe, lr=1e-2))
@@ -268,7 +269,7 @@ def test_training_leaves_the_frozen_alone(recipe, is_random):
     for name, value in student.state_dict().items():
         moves = not name.startswith(("backbone.", "original.", "masks"))
         if "running" in name or "num_batches" in name:
-            moves = moves and is_random
+            moves = moves and is_random and recipe == "ft"
         assert torch.equal(value, before[name]) != moves, name
 
 TAUGHT_BY = {"three-heads": ("original", "robust"), "combined-head": ("original", "robust"),
@@ -293,8 +294,9 @@ def slow_loss(student, teacher, pixels, labels, is_clean):
                     total += student.config.distill_weight * T**2 * kl_divergence(p, q)
     return total / len(labels)
 
-@pytest.mark.parametrize("is_clean", [[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]])
-@pytest.mark.parametrize("recipe", rb.RECIPES)
+@pytest.mark.parametrize("recipe, is_clean", [
+    *[(recipe, [1, 0, 0, 1]) for recipe in rb.RECIPES],
+    ("three-heads", [1, 1, 1, 1]), ("three-heads", [0, 0, 0, 0])])
 def test_student_loss_is_the_slow_loss(recipe, is_clean):
     """Its value, and its gradient in each tensor: none where a head learns from no example."""
     student = differ(make_student(recipe=recipe, temperature=3.0, distill_weight=0.7))
@@ -307,7 +309,6 @@ def test_student_loss_is_the_slow_loss(recipe, is_clean):
         loss.backward()
         gradients = {}
         for name, p in student.named_parameters():
-            assert p.requires_grad or p.grad is None
             gradients[name] = torch.zeros(1) if p.grad is None else p.grad
         results.append({"loss": loss, **gradients})
     for name, slow in results[1].items():
@@ -388,27 +389,47 @@ def test_select_head_rules(rule, expected, mirrored):
 def test_predict_returns_the_chosen_head():
     torch.manual_seed(0)
     x = torch.randn(64, 16)
-    config = rb.Config(rule="confidence", dropout=0.4)
+    config = rb.Config(dropout=0.4)
     student = rb.RobustStudent(nn.Identity(), nn.Sequential(), nn.Linear(16, 4), config)
     found = differ(student, 1.0).predict(x)
-    assert torch.equal(found.head, rb.select_head(found.phi, None, "confidence"))
+    u = {name: rb.mc_dropout(head.classifier, x, student.masks)[1]
+         for name, head in student.heads.items()}
+    assert torch.equal(found.head, rb.select_head(found.phi, u, "kl-u"))
     assert len(set(found.head.tolist())) == 2
     for i, index in enumerate(found.head):
         name = rb.HEADS[index]
         assert torch.equal(found.probabilities[i], found.phi[name][i])
+        assert torch.equal(found.uncertainty[i], u[name][i])
         alone = student.predict(x[i:i + 1])  # whatever the batch
         assert torch.allclose(alone.probabilities[0], found.probabilities[i], atol=1e-6)
         assert torch.allclose(alone.uncertainty[0], found.uncertainty[i], atol=1e-6)
 
 @torch.no_grad()
-def test_in_place_activations_do_no_harm():
+def test_modules_that_overwrite_their_input_do_no_harm():
     expected = rb.RobustStudent(**own_modules())
-    for activation in (partial(nn.SiLU, inplace=True), Overwrites):
-        student = rb.RobustStudent(**own_modules(activation))
-        z = student.backbone(images_of(4))
-        found = student.predict_from(z).phi
-        for name, phi in expected.predict(images_of(4)).phi.items():
-            assert torch.allclose(found[name], phi, atol=1e-6)
+    student = rb.RobustStudent(**own_modules(Overwrites))
+    z = student.backbone(images_of(4))
+    student.original_probabilities(z)
+    found = student.predict_from(z).phi
+    for name, phi in expected.predict(images_of(4)).phi.items():
+        assert torch.allclose(found[name], phi, atol=1e-6)
+
+def test_dropout_acts_while_training():
+    """On what a block adds, here 1, and before each classifier."""
+    class AddOne(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    block = rb.BranchDropout(AddOne())
+    config = rb.Config(block_dropout=0.25, dropout=0.4)
+    student = rb.RobustStudent(nn.Identity(), nn.Sequential(block), nn.Linear(64, 4), config)
+    h = student.train().shared(torch.full((8, 64), 5.0))
+    assert {round(value, 3) for value in (h - 5).flatten().tolist()} == {0.0, 1.333}
+    for head in student.heads.values():
+        assert not torch.equal(head(h), head(h))
+    student.eval()
+    assert torch.equal(student.shared(h), h + 1)
+    assert torch.equal(student.heads["clean"](h), student.heads["clean"](h))
 
 def test_docstring_example_runs():
     found = doctest.testmod(rb)
@@ -422,16 +443,20 @@ def test_interpolation_with_the_original(tmp_path):
     rb.save(student, tmp_path / "robust.pt")
     for alpha in (0, 0.5):
         mixed = rb.load(tmp_path / "robust.pt", **own_modules(), alpha=alpha)
-        expected = alpha * student.heads["clean"].classifier.weight
-        expected += (1 - alpha) * student.original[1][-1].weight
-        assert torch.allclose(mixed.heads["clean"].classifier.weight, expected, atol=1e-6)
+        for name in rb.HEADS:
+            parts = []
+            for model in (mixed, student):
+                parts.append([*model.shared.parameters(), *model.heads[name].parameters()])
+            for found, tuned, original in zip(*parts, student.original.parameters()):
+                expected = alpha * tuned + (1 - alpha) * original
+                assert torch.allclose(found, expected, atol=1e-6)
 
 # --- CLIP: zero-shot and visually encoded ---------------------------------------------------------
 
 def plain_clip():
     """The CLIP whose weights load_network draws from its seed."""
-    torch.manual_seed(0)
-    return open_clip.create_model("test-vit").eval()
+    with rb.own_randomness(0):
+        return open_clip.create_model("test-vit").eval()
 
 @torch.no_grad()
 def embed(names):
@@ -540,8 +565,8 @@ def test_quick_gelu_follows_the_tag(monkeypatch):
 
 @pytest.mark.parametrize("known, names, is_kept", [
     (list("abcd"), list("abcd"), True), (list("abcd"), list("badc"), False),
-    (None, list("abcd"), False), (WNIDS, WNIDS, True), (WNIDS, WNIDS[::-1], False)])
-def test_classifier_is_kept_for_its_own_classes_alone(known, names, is_kept, monkeypatch, tmp_path):
+    (None, list("abcd"), False), (WNIDS, WNIDS, True)])
+def test_classifier_is_kept_for_its_own_classes_alone(known, names, is_kept, tmp_path):
     network = make_network()
     network.class_names = known
     network.is_random = False
@@ -549,13 +574,40 @@ def test_classifier_is_kept_for_its_own_classes_alone(known, names, is_kept, mon
         torch.save(timm.create_model("resnet18", **NARROW).state_dict(), tmp_path / "plain.pth")
         network = rb.load_network(f"resnet18:{tmp_path}/plain.pth", model_args=NARROW)
     before = network.classifier
-    probe = Mock()
-    monkeypatch.setattr(rb, "all_features", Mock(return_value=[]))
-    monkeypatch.setattr(rb, "linear_probe", probe)
-    rb.give_classifier(network, [], names, rb.Config(device="cpu"))
+    needs_probe = rb.give_classifier(network, names, rb.Config(device="cpu"))
     assert (network.classifier is before) == is_kept
-    assert probe.called != is_kept
+    assert needs_probe != is_kept
     assert len(network.classifier.weight) == len(names)
+
+@pytest.mark.parametrize("zero_shot", [False, True])
+def test_clip_classifier_starts_at_the_text_embeddings(zero_shot):
+    """VE probes and tunes it, ZS does neither."""
+    network = rb.load_network("test-vit", "none")
+    network.is_random = False
+    config = rb.Config(device="cpu", zero_shot=zero_shot)
+    assert rb.give_classifier(network, ["ant", "bee"], config) != zero_shot
+    assert torch.allclose(network.classifier.weight, embed(["ant", "bee"]), atol=1e-6)
+    assert bool([*network.classifier.parameters()]) != zero_shot
+
+@torch.no_grad()
+def test_a_plain_state_dict_is_taken(tmp_path):
+    """Of a teacher with two classes, as people publish such files, and the generator outside goes
+    on as it was."""
+    net = randomise(timm.create_model("resnet18", num_classes=2))
+    state = {f"module.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "plain.pth")
+    before = torch.get_rng_state()
+    config = rb.Config(teacher=f"resnet18:{tmp_path}/plain.pth", device="cpu")
+    teacher = rb.load_teacher(config, ["ant", "bee"])
+    assert torch.equal(torch.get_rng_state(), before)
+    x = images_of(2, 224)
+    normalised = v2.functional.normalize(x, rb.IMAGENET_MEAN, rb.IMAGENET_STD)
+    assert torch.allclose(teacher(x), net(normalised), atol=1e-4)
+
+def test_size_of_a_vit_follows_its_arguments():
+    for flags in ({"image_size": 48}, {"model_args": {"img_size": 48}}):
+        flags["model_args"] = {**VIT, **flags.get("model_args", {})}
+        assert rb.load_network("deit_tiny_patch16_224", "none", **flags).size == 48
 
 # --- On a GPU that is not there -------------------------------------------------------------------
 
@@ -643,8 +695,11 @@ def test_views_depend_on_seed_epoch_and_index_alone(samples):
 
 def test_views_compute_on_one_thread_and_seed_no_one_else(samples, monkeypatch):
     """Not the generator outside, not a GPU."""
+    noisy = []
+
     def noise2net(image):
         assert torch.get_num_threads() == 1
+        noisy.append(image)
         return image
 
     monkeypatch.setattr(rb, "noise2net", noise2net)
@@ -654,6 +709,7 @@ def test_views_compute_on_one_thread_and_seed_no_one_else(samples, monkeypatch):
     for index in range(12):
         views_of(samples)[0, index]
     assert torch.get_num_threads() == 2
+    assert 0 < len(noisy) < 12
     torch.set_num_threads(1)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -854,7 +910,8 @@ def test_seed_and_rank_reach_dropout(samples, monkeypatch, tmp_path):
     """Each step of each process has its own noise, whatever ran before."""
     seeds = []
 
-    def training_step(*arguments):
+    def training_step(student, *arguments):
+        assert student.training
         seeds.append(torch.initial_seed())
         return 0.0
 
@@ -868,7 +925,7 @@ def test_seed_and_rank_reach_dropout(samples, monkeypatch, tmp_path):
     assert len(set(seeds)) == 9  # three steps each
 
 def test_processes_share_every_step_and_the_probe(samples, monkeypatch):
-    config = rb.Config(batch_size=9, epochs=1, device="cpu", workers=0)
+    config = rb.Config(batch_size=9, epochs=2, device="cpu", workers=0)
     monkeypatch.setattr(rb, "PROCESSES", 2)
     assert rb.count_steps(20, config) == (4, 2)  # steps of eight images
     probed = []
@@ -879,7 +936,32 @@ def test_processes_share_every_step_and_the_probe(samples, monkeypatch):
         for _, labels in rb.centre_batches(samples, 32, config, "features"):
             probed += labels.tolist()
     assert sorted(probed) == list(range(12))
-    assert len(set(keys)) == 16
+    assert len(set(keys)) == 32
+    orders = [[index for epoch, index in keys if epoch == e] for e in (0, 1)]
+    assert orders[0] != orders[1]
+    assert orders[0] != sorted(orders[0])
+
+def test_learning_rate():
+    """Of 100 steps a fifth warms up; the cosine is at its half after 60."""
+    config = rb.Config(lr=0.4)
+    found = [rb.learning_rate(step, 100, config) for step in (0, 19, 20, 60, 99)]
+    assert found == pytest.approx([0.02, 0.4, 0.4, 0.2, 0], abs=2e-4)
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_learns(trained, tmp_path):
+    """What is dark and what is bright: a teacher from random weights, then a student of that
+    network for classes of other names, which takes a probe first."""
+    teacher = tmp_path / "teacher.pt"
+    assert rb.main([*make_teacher(trained, teacher), "--jsd=0", "--epochs=30"]) == 0
+    data = make_folder(tmp_path / "data", ("cow", "dog"))
+    flags = ["--student", str(teacher), "--data", str(data), "--recipe=apt"]
+    assert rb.main(robustify(trained, tmp_path / "apt.pt", *flags)) == 0
+    student = rb.load(tmp_path / "apt.pt")
+    assert student.class_names == ["cow", "dog"]
+    views = rb.CentreViews(rb.image_folder(data / "train")[0], 32)
+    images, labels = map(torch.tensor, zip(*[(np.array(x), y) for x, y in views]))
+    for model in (rb.load_network(teacher), student):
+        assert (model(images / 255).argmax(-1) == labels).float().mean() > 0.9
 
 @pytest.mark.parametrize("processes, word", [(2, "MASTER_ADDR"), (50, "processes")])
 def test_processes_that_cannot_work(processes, word, trained, tmp_path, monkeypatch, capsys):
@@ -945,6 +1027,18 @@ def test_killed_three_times_it_ends_with_the_same_weights(trained, tmp_path, cap
     tuned = rb.read_checkpoint(out, "plug-in")["tuned"]
     assert states_equal(tuned, rb.read_checkpoint(tmp_path / "whole.pt", "plug-in")["tuned"])
 
+def test_a_run_that_ends_between_its_last_two_writes_goes_on(trained, tmp_path, monkeypatch):
+    """The state is there, the plug-in is not."""
+    arguments = robustify(trained, tmp_path / "out.pt", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(rb, "save", Mock(side_effect=rb.Refusal("disk full")))
+        assert rb.main(arguments) == 2
+    assert rb.main(arguments) == 0
+    tuned = rb.read_checkpoint(tmp_path / "out.pt", "plug-in")["tuned"]
+    assert states_equal(tuned, rb.read_checkpoint(trained / "robust.pt", "plug-in")["tuned"])
+    monkeypatch.setattr(rb, "load_network", pytest.fail)  # that it is over is told at once
+    assert rb.main(arguments) == 2
+
 @pytest.mark.parametrize("case, images", [("three-heads", 8), ("make-teacher", 16)])
 def test_two_processes_equal_one(case, images, trained, tmp_path):
     """Within 1e-5, without dropout. A network with batch norm that begins at random weights
@@ -968,6 +1062,7 @@ def test_two_processes_equal_one(case, images, trained, tmp_path):
     two = rb.read_checkpoint(tmp_path / "two.pt", "any")[kind]
     if case == "make-teacher":
         one = {"stem.net.bn1.running_mean": one["stem.net.bn1.running_mean"]}
+        assert one["stem.net.bn1.running_mean"].any()
     for name, value in one.items():
         assert torch.allclose(two[name].float(), value.float(), atol=1e-5), name
 
@@ -1055,11 +1150,9 @@ def test_jpeg_is_pillows():
     image = photographs(1)
     severe = parameters_at_32("jpeg_compression", 5)["quality"]
     compressed = ev.corrupt(image, "jpeg_compression", 5, [0])
-    for found, quality in ((compressed, severe), (ev.jpeg_85(image), 85)):
-        file = io.BytesIO()
-        pixels = image[0].permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-        assert np.array_equal(found[0].permute(1, 2, 0), Image.open(file))
+    file = io.BytesIO()
+    Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=severe)
+    assert np.array_equal(compressed[0].permute(1, 2, 0), Image.open(file))
 
 @pytest.mark.parametrize("name", ["gaussian_noise", "speckle_noise", "shot_noise", "impulse_noise"])
 def test_noise_statistics(name):
@@ -1402,6 +1495,28 @@ def test_mce_by_hand():
     folder.classes = WNIDS[:999]
     assert list(dict(ev.errors(folder, [folder], [key]))) == ["mean error"]
 
+def test_differences_and_shifts_by_hand(capsys):
+    """Pairs: per image over two corruptions +1/2, +1, 0, 0. Shifts: 1/4 and 3/4; val/ is none."""
+    def right(*values):
+        return np.array(values, bool)
+
+    folder = ev.Folder("in-c", "published", WNIDS, [], ["fog", "snow"])
+    one, two = ("a", "answer"), ("b", "answer")
+    folder.results = [
+        (ev.TestSet([], "fog", 1), {one: right(1, 1, 0, 0), two: right(0, 0, 0, 0)}),
+        (ev.TestSet([], "snow", 1), {one: right(0, 1, 0, 0), two: right(0, 0, 0, 0)})]
+    difference = np.array([0.5, 1, 0, 0])
+    error = 200 * difference.std(ddof=1) / 2
+    assert ev.paired(folder, ["fog", "snow"], "a", "b") == f"+37.5 +- {error:.1f}"
+    folders = []
+    for name, values, held_out in (("val", (1, 1, 1, 1), True), ("v2", (1, 0, 0, 0), False),
+                                   ("sketch", (1, 1, 1, 0), False)):
+        folders.append(ev.Folder(name, "classes", WNIDS, [], held_out=held_out))
+        folders[-1].results = [(ev.TestSet([]), {one: right(*values)})]
+    columns = [ev.Column("a", "network", None, WNIDS)]
+    ev.average_of_shifts(folders, columns, Mock(tables=[], average=False))
+    assert "| average of shifts |  50.0 |" in capsys.readouterr().out
+
 class Camera(Reader):
     """Remembers the pixels that it is shown, and leaves its name in a register."""
 
@@ -1447,10 +1562,11 @@ def test_pixels_do_not_depend_on_company(evaluate, tmp_path, monkeypatch):
             for i, path in enumerate(sorted(data.rglob("*.png"))[1:], 1):
                 whole = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1)[None] / 255
                 assert torch.equal(alone["224"][i], F.interpolate(whole, (224, 224))[0])
-
-def test_names_do_not_collide():
-    assert ev.short_names("--data", ["x/val", "y/val/"]) == ["x/val", "y/val"]
-    assert ev.short_names("--model", ["b/robust.pt", "resnet50"]) == ["robust", "resnet50"]
+        else:
+            for i, path in enumerate(sorted(data.rglob("*.png"))):
+                resized = v2.functional.resize(rb.read_image(path), 256)
+                expected = v2.functional.center_crop(resized, 224) / 255
+                assert torch.equal(alone["224"][i], expected)
 
 # --- Real networks --------------------------------------------------------------------------------
 
@@ -1591,7 +1707,7 @@ def test_cost_by_hand(plug_ins, tmp_path):
     assert found["library's forward pass"] == pytest.approx(whole, rel=1e-3)
     of_predict = multiplications(lambda: student.predict(one), student)
     a_pass = 3 * student.heads["clean"].classifier.weight.numel()
-    for k in (1, 5, 10):
+    for k in (1, 10):
         expected = of_predict + (k - 10) * a_pass
         assert found[f"three-heads, K = {k}"] == pytest.approx(expected, rel=1e-3)
     is_clean = torch.tensor([True, False, True, False])
@@ -1621,11 +1737,11 @@ def test_transfer_features_are_where_tuning_acted(plug_ins, tmp_path):
     assert [row[0] for row in table[1:]] == [
         "three, original", "three, tuned", "other, original", "other, clean head",
         "other, combined head", "other, unclean head", "student1, features"]
-    assert table[1][1] > 0.9
     pixels, _ = images_and_labels(plug_ins / "data/val")
-    other = rb.load(plug_ins / "other.pt")
-    features = ev.features(ev.Column("other", "plug-in", other, None), pixels)
-    assert not torch.allclose(features["original"], features["clean head"])
+    for name, tuned in (("three", "tuned"), ("other", "clean head")):
+        other = rb.load(plug_ins / f"{name}.pt")
+        features = ev.features(ev.Column(name, "plug-in", other, None), pixels)
+        assert not torch.allclose(features["original"], features[tuned])
     tokens = torch.rand(2, 5, 3)
     for class_token, expected in ((True, tokens[:, 0]), (False, tokens.mean(1))):
         other.class_token = class_token
@@ -1689,7 +1805,7 @@ NEW_VIT = ["--student=deit_tiny_patch16_224", "--pretrained=none"]
 
 @pytest.mark.parametrize("flags, part", [  # @ is the test's folder, $ that of `trained`
     (["--data=@/nowhere"], "nowhere"), (["--data=@/hollow"], "cow"),
-    (["--data=@/long"], "no train/"), (["--data=@/other"], "teacher.pt"),
+    (["--data=@/long"], "no classes"), (["--data=@/other"], "one class"),
     (["--teacher=@/no.pt"], "--make-teacher"), (["--teacher=$/robust.pt"], "robust.pt"),
     (["--student=my_net"], "my_net"), (["--student=swin_t", "--pretrained=none"], "Swin"),
     (["--student=resnet18", "--pretrained=tag"], "tag"), (["--image-size=64"], "--image-size"),
@@ -1697,7 +1813,7 @@ NEW_VIT = ["--student=deit_tiny_patch16_224", "--pretrained=none"]
     (["--model-args={wings"], "--model-args"), ([*NEW_VIT, '--model-args={"wings": 2}'], "wings"),
     (["--recipe=ours"], "three-heads"), (["--epochs=0"], "--epochs"), (["--lr=nan"], "--lr"),
     (["--zero-shot"], "text"), (["--augment=none"], "--augment"), (["--device=cuda"], "cuda"),
-    (["--zero-shot", "--make-teacher=resnet18"], "--make-teacher"), (["--out=@"], "--out")])
+    (["--make-teacher=resnet18"], "--make-teacher"), (["--out=@"], "--out")])
 def test_refusals_are_one_line(flags, part, trained, tmp_path, capsys):
     (tmp_path / "hollow/train/cow").mkdir(parents=True)  # a class without images
     for root, second, folder in (("hollow", "ant", "train"), ("other", "cow", "train"),
