@@ -104,7 +104,6 @@ class Column:
     embeddings: dict = field(default_factory=dict)  # class names -> (text embeddings, scale)
     original: object = None    # of a plug-in: the column of what it was tuned from
     path: str = ""             # of a plug-in: its file
-    probed: bool = False       # --probe makes its classifier
     outputs: torch.Tensor = None  # (classes of the folder at hand, m), see class_outputs
 
 @dataclass
@@ -467,22 +466,17 @@ def load_columns(args):
     return columns
 
 def plain_column(path, name, args, pretrained):
-    """Column of a network by name or file; raises Refusal. A tower without a classifier takes text
-    for one (CLIP), or a linear probe (--probe), fitted later."""
+    """Column of a network by name or file; raises Refusal. A CLIP takes text for a classifier."""
     network = load_network(path, pretrained).to(args.device)
     column = Column(name, "network", network, network.class_names)
     if network.classifier is not None:
         column.count = len(network.classifier.weight)
         if column.classes is None and column.count == 1000:
             column.classes = IMAGENET
-    elif args.probe:
-        column.probed = True
-        column.classes = image_folder(existing(args.probe, "train"))[1]
-        column.count = len(column.classes)
     elif network.text_embeddings is not None:
         column.zero_shot = True
     elif args.data:
-        raise Refusal(f"--model {path}: has no classifier; --probe DIR fits one on DIR/train")
+        raise Refusal(f"--model {path}: has no classifier; robustify.py --recipe lp fits one")
     return column
 
 def student_column(name, kind, student, args):
@@ -815,16 +809,15 @@ def features_of(samples, column, args):
     names = found[0]
     return {name: torch.cat([f[name].float() for f in found]) for name in names}, torch.cat(every)
 
-def fitted_probe(features, labels, classes):
-    """A linear layer for features (n, D), fitted to standardised ones."""
-    mean = features.mean(0)
-    std = features.std(0, correction=0).clamp_min(1e-6)
-    probe = nn.Linear(features.shape[1], classes, device=features.device)
-    linear_probe((features - mean) / std, labels, probe)
-    with torch.no_grad():  # so that it takes features as they are
-        probe.weight /= std
-        probe.bias -= probe.weight @ mean
-    return probe
+def probe_answers(known, labels, unseen, classes):
+    """Answers (m,) to features `unseen` (m, D) of a linear layer fitted to `known` (n, D), both
+    standardised by the latter."""
+    mean = known.mean(0)
+    std = known.std(0, correction=0).clamp_min(1e-6)
+    probe = nn.Linear(known.shape[1], classes, device=known.device)
+    linear_probe((known - mean) / std, labels, probe)
+    with torch.no_grad():
+        return probe((unseen - mean) / std).argmax(-1)
 
 def transfer_sets(path):
     """(train samples, test samples, classes) of a --transfer folder; raises Refusal."""
@@ -846,9 +839,8 @@ def transfer(path, columns, args):
         unseen, truth = features_of(test, column, args)
         before = None
         for name in known:
-            probe = fitted_probe(known[name], labels, len(classes))
-            with torch.no_grad():
-                right = (probe(unseen[name]).argmax(-1) == truth).float().cpu().numpy()
+            answers = probe_answers(known[name], labels, unseen[name], len(classes))
+            right = (answers == truth).float().cpu().numpy()
             row = [f"{column.name}, {name}", right.mean(), "-"]
             if before is not None:
                 row[2] = with_error(right - before)
@@ -856,12 +848,6 @@ def transfer(path, columns, args):
                 before = right
             rows.append(row)
     show(args, [f"linear probe, {Path(path).name}", "accuracy", "minus original"], rows)
-
-def fit_probe(column, args):
-    """Give a tower the classifier that --probe asks for."""
-    samples, classes = image_folder(existing(args.probe, "train"))
-    known, labels = features_of(samples, column, args)
-    column.model.classifier = fitted_probe(known["features"], labels, len(classes))
 
 # --- Cost -----------------------------------------------------------------------------------------
 
@@ -1361,7 +1347,6 @@ def parse(arguments):
     add("--data", nargs="+", default=[], help="folders of test images")
     add("--model", nargs="+", default=["robust.pt"], help="plug-ins, networks, or names of these")
     add("--pretrained", default="", help="for names, as in robustify.py")
-    add("--probe", help="DIR: classifier of bare towers by a linear probe, fitted on DIR/train")
     add("--templates", help="of class names: openai, simple, or text with {}; default: openai, or "
         "what a plug-in was tuned with")
     add("--alpha", nargs="+", type=float, help="a column for each interpolation with the original "
@@ -1453,9 +1438,6 @@ def evaluate(folders, columns, args):
         if args.cost:
             for path, config in costed.items():
                 cost(path, config, args)
-        for column in columns:
-            if column.probed:
-                fit_probe(column, args)
         for folder in folders:
             measure_and_report(folder, folders, columns, args)
         for path in args.transfer:

@@ -1754,21 +1754,6 @@ def test_plot(plug_ins, tmp_path):
     assert min(Image.open(tmp_path / "plot.png").size) > 300
 
 @torch.no_grad()
-def test_probe(plug_ins, tmp_path, monkeypatch):
-    """A tower without a classifier: fitted on the views that are measured, small squares whole."""
-    class Mean(Reader):
-        def features(self, pixels):
-            assert pixels.shape[2:] == (32, 32)
-            return pixels.mean((2, 3))
-
-    tower = Mean(["ant"], size=224)
-    tower.classifier = None
-    monkeypatch.setattr(ev, "load_network", Mock(return_value=tower))
-    data = plug_ins / "data"
-    found = run(tmp_path, "--data", data, "--probe", data, "--model", "mean")
-    assert found["sets"][0]["accuracy"]["mean"]["answer"] == 1
-
-@torch.no_grad()
 def test_clip_columns(plug_ins, tmp_path):
     """Bare CLIP, a plug-in of --zero-shot and its original, on its classes and on new ones."""
     images, labels = images_and_labels(plug_ins / "data/val")
