@@ -125,8 +125,8 @@ class BranchDropout(nn.Module):
 
     Sec. 4.3.2 wants dropout from M_s on; the place is not in the paper. The networks' own will not
     do: open_clip's towers have none, timm's fused attention reads another switch. Dropping values
-    of the sum at p = 0.1 would be noise of a third of the signal. In a block that ends with a ReLU
-    that is what it changed. Where a block changes the shape there is no sum, and no dropout.
+    of the sum at p = 0.1 would be noise of a third of the signal. What a block adds is its output
+    minus its input, also where it ends with a ReLU; where these differ in shape it drops nothing.
     """
 
     def __init__(self, block):
@@ -161,7 +161,8 @@ class CosineClassifier(nn.Module):
 
     @torch.no_grad()
     def renormalise(self):
-        """Rows back to length 1: forward ignores it, but a short row has a large gradient."""
+        """Rows back to length 1 (not in the paper): forward ignores it, but a short row has a large
+        gradient."""
         self.weight.copy_(F.normalize(self.weight, dim=-1))
 
 class Head(nn.Module):
@@ -429,11 +430,13 @@ def image_folder(folder):
         raise Refusal(f"{folder}: {reason} Expected CLASS/IMAGE files, or train/ and val/ that "
                       "hold them.") from error
     if set(found.classes) <= {"train", "training", "val", "valid", "validation", "test"}:
-        raise Refusal(f"{folder}: holds {', '.join(found.classes)}, which are no classes; name one")
+        raise Refusal(f"{folder}: holds {', '.join(found.classes)}: parts of a data set, not "
+                      "classes; name one of them")
     return found.samples, found.classes
 
 def read_image(path):
-    """uint8 (3, H, W) of an image file, not turned by its EXIF, as is custom; raises Refusal."""
+    """uint8 (3, H, W) of an image file, not turned by its EXIF (not in the paper, but custom);
+    raises Refusal."""
     try:
         image = Image.open(path)
         if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip to white
@@ -1347,7 +1350,8 @@ def training_images(config):
         folder = train_folder
     samples, class_names = image_folder(folder)
     if len(class_names) < 2:
-        raise Refusal(f"{folder}: holds one class folder, {class_names[0]}; give the folder of all")
+        raise Refusal(f"{folder}: holds one class folder, {class_names[0]}; give the folder that "
+                      "holds all")
     if config.limit:
         drawn = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
         samples = [samples[i] for i in sorted(drawn)]

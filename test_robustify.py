@@ -816,6 +816,19 @@ def mutate(trained, kind, keys, value, path):
     rb.write_checkpoint(kind, content, path)
     return rb.load(path) if kind == "plug-in" else rb.load_network(str(path))
 
+def test_a_plug_in_finds_its_network_beside_it(trained, tmp_path):
+    """Where both were moved; without it the refusal names both files."""
+    (tmp_path / "first").mkdir()
+    student = shutil.copy(trained / "student.pt", tmp_path / "first")
+    out = tmp_path / "first/robust.pt"
+    assert rb.main(robustify(trained, out, "--student", student)) == 0
+    expected = rb.load(out)(images_of(2))
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert torch.equal(rb.load(tmp_path / "second/robust.pt")(images_of(2)), expected)
+    (tmp_path / "second/student.pt").unlink()
+    with pytest.raises(rb.Refusal, match="second/robust.pt: .*first/student.pt: no such file"):
+        rb.load(tmp_path / "second/robust.pt")
+
 @pytest.mark.parametrize("kind, part", [("plug-in", "source"), ("network", "architecture")])
 @pytest.mark.parametrize("key, value", [
     ("pretrained_image_path", "evil.pt"), ("checkpoint_path", "evil.pt"), ("cache_dir", "."),
@@ -1445,10 +1458,10 @@ def test_zero_shot_is_a_function_of_model_folder_and_templates(evaluate, tmp_pat
 # --- Layouts, views -------------------------------------------------------------------------------
 
 def test_layouts_of_published_corruptions(evaluate, tmp_path):
-    """A whole tree, one corruption, one severity. A corruption counts once, however many severities
+    """A whole tree, partly in groups, one corruption, one severity. A corruption counts once, however many severities
     it has; validation corruptions never; what is missing is named."""
     whole = tmp_path / "in-c"
-    for cell, wrong in (("fog/1", 0), ("fog/2", 0), ("fog/3", 1), ("zoom_blur/1", 0),
+    for cell, wrong in (("fog/1", 0), ("fog/2", 0), ("fog/3", 1), ("blur/zoom_blur/1", 0),
                         ("speckle_noise/1", 1)):
         for i in (0, 1):
             image = written(FISH[(i + wrong) % 2], OTHER)
@@ -1651,6 +1664,17 @@ def test_originals_and_shared_backbones(plug_ins):
         *(f"{folder}/{name}" for name in names)]
     assert sorted(len(group) for group in ev.grouped(columns)) == [1, 2, 3]
 
+def test_another_activation_is_another_network(plug_ins, tmp_path):
+    """Weights alone do not tell GELU from QuickGELU."""
+    network = rb.load_network(str(plug_ins / "student1.pt"))
+    network.architecture["model_args"]["act_layer"] = "gelu"
+    rb.save_network(network, tmp_path / "gelu.pt")
+    network = rb.load_network(str(tmp_path / "gelu.pt"))
+    rb.save(rb.assemble(network, rb.Config(fraction=0.2)), tmp_path / "twin.pt")
+    models = [str(plug_ins / "other.pt"), str(tmp_path / "twin.pt")]
+    columns = ev.load_columns(ev.parse([*EVAL, "--data", "x", "--model", *models]))
+    assert [len(group) for group in ev.grouped(columns)] == [2, 2]
+
 @pytest.mark.parametrize("error, code", [(rb.Refusal("broken"), 2), (KeyboardInterrupt, 130)])
 def test_what_was_finished_stays(error, code, plug_ins, tmp_path, monkeypatch, capsys):
     """A broken image, Ctrl-C: the sets before are printed and written, marked as partial."""
@@ -1790,7 +1814,7 @@ NEW_VIT = ["--student=deit_tiny_patch16_224", "--pretrained=none"]
 
 @pytest.mark.parametrize("flags, part", [  # @ is the test's folder, $ that of `trained`
     (["--data=@/nowhere"], "nowhere"), (["--data=@/hollow"], "cow"),
-    (["--data=@/long"], "no classes"), (["--data=@/other"], "one class"),
+    (["--data=@/long"], "not classes"), (["--data=@/other"], "one class"),
     (["--teacher=@/no.pt"], "--make-teacher"), (["--teacher=$/robust.pt"], "robust.pt"),
     (["--student=my_net"], "my_net"), (["--student=swin_t", "--pretrained=none"], "Swin"),
     (["--student=resnet18", "--pretrained=tag"], "tag"), (["--image-size=64"], "--image-size"),
