@@ -1235,9 +1235,7 @@ def fit(student, loss_of, views, config, write):
     student.to(config.device)
     optimizer = make_optimizer(student, config)
     settings = settings_of(student, len(views), config)
-    first_step = 0
-    if can_resume(config):
-        first_step = read_state(student, optimizer, settings, config)
+    first_step = read_state(student, optimizer, settings, config) if can_resume(config) else 0
     per_process, per_epoch = count_steps(len(views), config)
     steps = config.epochs * per_epoch
     keys = training_keys(len(views), config, first_step)
@@ -1261,10 +1259,7 @@ def fit(student, loss_of, views, config, write):
                 if saves:
                     check_finite(student)
             except FloatingPointError as error:
-                stays = "stays as it was" if Path(config.out).is_file() else "was not written yet"
-                place = f"epoch {step // per_epoch + 1}, step {step % per_epoch + 1}"
-                raise Refusal(f"{place}: {error}; {config.out} {stays}; try a lower --lr or "
-                              "--temperature") from error
+                raise not_finite(error, step, per_epoch, config) from error
             if saves:
                 average_statistics(student)
             if saves and RANK == 0:
@@ -1280,6 +1275,12 @@ def fit(student, loss_of, views, config, write):
         state_file(config).unlink(missing_ok=True)
     if PROCESSES > 1:
         torch.distributed.barrier()  # the others may read what rank 0 wrote
+
+def not_finite(error, step, per_epoch, config):
+    """The Refusal that ends a run which diverged at `step`."""
+    stays = "stays as it was" if Path(config.out).is_file() else "was not written yet"
+    return Refusal(f"epoch {step // per_epoch + 1}, step {step % per_epoch + 1}: {error}; "
+                   f"{config.out} {stays}; try a lower --lr or --temperature")
 
 def check_finite(student):
     """Raises FloatingPointError, naming the first tuned tensor that holds NaN or infinity."""
