@@ -36,8 +36,8 @@ Small squares (CIFAR) are seen whole, published corruptions as they are, other i
 at the size of small squares. On a GPU networks compute in bfloat16. A folder with fewer classes
 than the model is decided among them; "of all" counts all outputs. Of a plug-in every predictor is
 measured in one pass: the original, each head, the one that Eq. 6 selects, and the oracle, which is
-right where the clean or the unclean head is. A val/ or test/ of just a model's classes is no shift
-for it, and not in the average.
+right where the clean or the unclean head is. A val/ or test/ of exactly a model's classes is no
+shift for it, and not in the average.
 
 [2] Barbu et al.: ObjectNet. [11] Hendrycks, Dietterich: Benchmarking Neural Network Robustness to
 Common Corruptions and Perturbations (ImageNet-C, mCE).
@@ -686,11 +686,7 @@ def report(folder, folders, columns, args):
 def average_of_shifts(folders, columns, args):
     """Print the last column of Tables 1 to 3: the average over folders, a corrupted one by its mean
     over corruptions; a model's own test set, where it is one, is no shift for it."""
-    names = [column.name for column in columns]
-    known = [set(column.classes or IMAGENET) for column in columns]
-    if args.average:
-        names.append("average")
-        known.append(known[-1])
+    names = [column.name for column in columns] + ["average"] * args.average
     keys = [(name, "answer") for name in names]
     rows = []
     is_shift = []
@@ -698,8 +694,9 @@ def average_of_shifts(folders, columns, args):
         cells = accuracies(folder, keys)
         if ("", 0) in cells:
             rows.append([folder.name, *cells["", 0]])
-            own = [folder.held_out and set(folder.classes) == classes for classes in known]
-            is_shift.append(np.logical_not(own))
+            known = [set(column.classes or IMAGENET) for column in columns]
+            shifts = [not folder.held_out or set(folder.classes) != own for own in known]
+            is_shift.append(shifts + [all(shifts)] * args.average)
         if measured_corruptions(folder):
             suffix = "-C" * any(test_set.made for test_set in folder.sets)
             rows.append([folder.name + suffix, *mean_of(cells, measured_corruptions(folder))])
@@ -733,9 +730,10 @@ def write_json(folders, columns, args, partial):
     own = {name: value for name, value in vars(args).items() if name != "tables"}
     content = {"partial": partial, "sets": sets, "missing": {f.name: f.missing for f in folders},
                "tables": args.tables, "arguments": own, "models": models, "versions": versions}
-    temporary = Path(f"{args.json}.part")
+    file = Path(args.json).resolve()
+    temporary = file.with_name(f"{file.name}.part")
     temporary.write_text(json.dumps(content, indent=1, default=float))
-    os.replace(temporary, args.json)
+    os.replace(temporary, file)
 
 def plot(folders, columns, args):
     """Accuracy, and the share of the clean head, against severity (Figure 3); 0 is uncorrupted."""
@@ -909,9 +907,9 @@ def training_step(student, teacher, pixels):
     student.zero_grad()
 
 def cost(path, config, args):
-    """Print what inference and a training step of each recipe cost an image, for the student of a
-    plug-in, beside the network that it was made from: by the library's own forward pass, and with
-    its last block computed for the class token alone."""
+    """Print what an image costs: inference under one head (apt) and under three, and a training
+    step of each recipe, for the student of a plug-in; beside the network that it was made from, by
+    the library's own forward pass, and with its last block computed for the class token alone."""
     network = load_original(path).to(args.device)
     teacher = None
     if config.teacher:
@@ -1360,9 +1358,10 @@ def parse(arguments):
         metavar="1..5")
     add("--frost", help="folder of ImageNet-C's frost photos; without it fourteen corruptions")
     add("--jpeg", action="store_true", help="after corrupting, JPEG of quality 85 as published")
-    add("--transfer", nargs="+", default=[], help="folders with train/ and val/ (or "
-        "else test/) for linear probes")
-    add("--cost", action="store_true", help="GMACs and milliseconds of every recipe")
+    add("--transfer", nargs="+", default=[], help="folders with train/ and val/ or test/, "
+        "for linear probes")
+    add("--cost", action="store_true", help="GMACs and milliseconds of inference, and of training "
+        "by every recipe")
     add("--plot", help="picture of accuracy against severity (needs matplotlib)")
     add("--json", help="write everything that was measured to this file")
     add("--batch-size", type=int, default=256)
@@ -1380,7 +1379,6 @@ def parse(arguments):
     if args.corrupt == []:
         args.corrupt = [name for name in FIFTEEN if args.frost or name != "frost"]
     args.corrupt = list(dict.fromkeys(args.corrupt or []))
-    args.is_demo = not arguments
     args.tables = []
     return args
 
@@ -1401,7 +1399,8 @@ def check(args):
     if args.frost:
         check_frost(args.frost)
     for file in (args.json, args.plot):
-        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+        is_special = file and Path(file).exists() and not Path(file).is_file()
+        if is_special or (file and not Path(file).absolute().parent.is_dir()):
             raise Refusal(f"{file}: not a file in a folder that is there")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise Refusal("--plot: a file that ends in .png, .pdf or .svg")
@@ -1428,6 +1427,9 @@ def run(arguments):
         raise Refusal("--cost: needs a plug-in of robustify.py among --model")
     with redirect_stdout(None if RANK else sys.stdout):  # one process prints
         evaluate(folders, columns, args)
+        if not arguments:
+            print("\nWhat to see: how far APT and three heads stand above the original under "
+                  "corruption,\nand how much more often Eq. 6 chooses the clean head on val.")
 
 def evaluate(folders, columns, args):
     """Measure and print what the command line asks for. Whatever ends it early, what was finished
@@ -1444,16 +1446,13 @@ def evaluate(folders, columns, args):
             transfer(path, columns, args)
         partial = False
     finally:
-        if partial:
+        if partial and args.tables:
             print("\nnot finished: the tables and --json hold what was")
         average_of_shifts(folders, columns, args)
         if args.json and args.tables and not RANK:
             write_json(folders, columns, args, partial)
         if args.plot and not RANK and any(folder.results for folder in folders):
             plot(folders, columns, args)
-    if args.is_demo:
-        print("\nWhat to see: how far APT and three heads stand above the original under "
-              "corruption,\nand how much more often Eq. 6 chooses the clean head on val.")
 
 def measure_and_report(folder, folders, columns, args):
     """Print what a folder is, and its tables, also where measuring it ends early."""

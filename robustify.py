@@ -126,7 +126,7 @@ class BranchDropout(nn.Module):
     Sec. 4.3.2 wants dropout from M_s on; the place is not in the paper. The networks' own will not
     do: open_clip's towers have none, timm's fused attention reads another switch. Dropping values
     of the sum at p = 0.1 would be noise of a third of the signal. What a block adds is its output
-    minus its input, also where it ends with a ReLU; where these differ in shape it drops nothing.
+    minus its input, also where it ends with a ReLU. A block that changes the shape has no dropout.
     """
 
     def __init__(self, block):
@@ -187,7 +187,7 @@ class Prediction(NamedTuple):
 
     probabilities: torch.Tensor  # (B, C), phi of the chosen head
     head: torch.Tensor           # (B,), index into HEADS
-    uncertainty: torch.Tensor    # (B,), U_mc of the chosen head; small, a mean over classes
+    uncertainty: torch.Tensor    # (B,), U_mc of the chosen head, in [0, 0.5]
     phi: dict                    # {head name: (B, C)}
 
 class RobustStudent(nn.Module):
@@ -227,11 +227,12 @@ class RobustStudent(nn.Module):
         self.heads = nn.ModuleDict()                                           # M_h, once a head
         for name in self.recipe.heads:
             self.heads[name] = Head(copy.deepcopy(head), self.config.dropout).requires_grad_(True)
-        for module in self.modules():
+        for module in [*self.shared.modules(), *self.heads.modules()]:
             if isinstance(module, BranchDropout):
                 module.dropout.p = self.config.block_dropout
+        for module in self.modules():
             if hasattr(module, "inplace"):
-                module.inplace = False  # the heads and the original read the same activations
+                module.inplace = False  # BranchDropout, heads and original read an input again
         self.classes, width = self.heads["combined"].classifier.weight.shape   # C, D
         self.masks = nn.Buffer(dropout_masks(self.config, width))              # (K, D)
         self.eval()
@@ -839,6 +840,9 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
     else:
         raise Refusal(f"{name}: not an open_clip, timm or torchvision name, nor a .pt file")
     try:
+        for layer in ("fc", "classifier", "head", "heads.head"):  # as timm and torchvision call it
+            if weights and f"{layer}.weight" in weights:
+                model_args.setdefault("num_classes", len(weights[f"{layer}.weight"]))
         with own_randomness(seed):  # of random weights
             network = build(family, tag, weights, image_size, model_args)
     except (*DAMAGE, OSError) as error:
@@ -857,7 +861,7 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
 
 def build_timm(name, tag, weights, image_size, model_args):
     """Network of timm, with the size, mean and std of its tag."""
-    if image_size and re.search("vit|deit|eva|beit", name):
+    if image_size and re.search("vit|deit|eva|beit|aimv2", name):
         model_args["img_size"] = image_size
     if tag not in ("", "none"):
         name = f"{name}.{tag}"
@@ -866,7 +870,7 @@ def build_timm(name, tag, weights, image_size, model_args):
         net.load_state_dict(weights)
     known = net.pretrained_cfg
     size = image_size or known["input_size"][-1]
-    if hasattr(net, "patch_embed"):
+    if isinstance(net, timm.models.VisionTransformer):
         size = net.patch_embed.img_size[0]  # --model-args may have set it
     return Network(net, size, known["mean"], known["std"])
 
@@ -1091,15 +1095,16 @@ def original_network(path, saved):
         source = saved["source"]
         if not source:
             raise Refusal(f"{path}: tuned on modules of your own; give backbone, shared and head")
-        for key, value in source.items():
-            family, colon, file = str(value).rpartition(":")
+        for key in ("name", "pretrained"):
+            family, colon, file = source.get(key, "").rpartition(":")
             beside = Path(path).parent / Path(file).name
-            if key in ("name", "pretrained") and beside.is_file() and not Path(file).is_file():
+            if Path(file).suffix and beside.is_file() and not Path(file).is_file():
                 source = {**source, key: f"{family}{colon}{beside}"}
         try:
             network = load_network(**source)
         except Refusal as error:
-            raise Refusal(f"{path}: the network that it was tuned on: {error}") from error
+            raise Refusal(f"{path}: needs the network that it was tuned on, where it was or beside "
+                          f"it: {error}") from error
         network.classifier = classifier_from(saved["classifier"], saved["config"]["zero_shot"])
         network.class_names = saved["class_names"]
     return network
@@ -1236,6 +1241,8 @@ def fit(student, loss_of, views, config, write):
     optimizer = make_optimizer(student, config)
     settings = settings_of(student, len(views), config)
     first_step = read_state(student, optimizer, settings, config) if can_resume(config) else 0
+    if PROCESSES > 1:
+        torch.distributed.barrier()  # all have read the state before one replaces it
     per_process, per_epoch = count_steps(len(views), config)
     steps = config.epochs * per_epoch
     keys = training_keys(len(views), config, first_step)
@@ -1303,8 +1310,8 @@ def state_file(config):
     return Path(f"{config.out}.state")
 
 def can_resume(config):
-    """Whether --resume is given and a state lies beside config.out; raises Refusal where there is
-    none since the run is over."""
+    """Whether --resume finds a state beside config.out. Raises Refusal where there is only
+    config.out: that run is over."""
     if config.resume and not state_file(config).is_file() and Path(config.out).is_file():
         raise Refusal(f"--resume: {config.out} is finished, or of another run: there is no "
                       f"{state_file(config)}; remove {config.out} to start anew")
@@ -1346,8 +1353,9 @@ def read_state(student, optimizer, settings, config):
 def training_images(config):
     """([(path, label)], class names) of --data; raises Refusal where the folder is wrong."""
     folder = Path(config.data)
-    train_folder = folder / "train"  # or a class of this name
-    if train_folder.is_dir() and any(path.is_dir() for path in train_folder.iterdir()):
+    train_folder = folder / "train"  # or a class of this name, without folders in it
+    has_folders = train_folder.is_dir() and any(path.is_dir() for path in train_folder.iterdir())
+    if has_folders or (train_folder.is_dir() and (folder / "val").is_dir()):
         folder = train_folder
     samples, class_names = image_folder(folder)
     if len(class_names) < 2:
@@ -1366,8 +1374,7 @@ def check_classes(what, names, expected):
 
 def load_teacher(config, class_names):
     """The robust teacher, frozen; raises Refusal where its classes are not those of --data."""
-    shape = {"num_classes": len(class_names)} if ":" in config.teacher else {}
-    teacher = load_network(config.teacher, model_args=shape)
+    teacher = load_network(config.teacher)
     outputs = 0 if teacher.classifier is None else len(teacher.classifier.weight)
     if teacher.class_names is not None:
         check_classes(f"--teacher {config.teacher}", teacher.class_names, class_names)
@@ -1394,7 +1401,7 @@ def give_classifier(network, names, config):
         weight, scale = network.text_embeddings(names, device=config.device)
         network.classifier = CosineClassifier(weight, scale, trained=not config.zero_shot)
     else:
-        with torch.no_grad(), own_randomness(config.seed):
+        with torch.no_grad(), own_randomness(config.seed, 1):  # not as its other weights
             features = network.features(torch.zeros(1, 3, network.size, network.size))
             network.classifier = nn.Linear(features.shape[1], len(names))
     return not config.zero_shot and not network.is_random  # random features are worth no probe
