@@ -840,7 +840,7 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
     else:
         raise Refusal(f"{name}: not an open_clip, timm or torchvision name, nor a .pt file")
     try:
-        for layer in ("fc", "classifier", "head", "heads.head"):  # as timm and torchvision call it
+        for layer in ("fc", "classifier", "head", "heads.head"):  # names of classifiers
             if weights and f"{layer}.weight" in weights:
                 model_args.setdefault("num_classes", len(weights[f"{layer}.weight"]))
         with own_randomness(seed):  # of random weights
