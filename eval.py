@@ -50,7 +50,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -78,7 +77,7 @@ from robustify import (HEADS, PROCESSES, RANK, RECIPES, ClassTokenBlock, Config,
                        assemble, autocast, batches, centre_crop, count_parameters, dropout_masks,
                        fingerprint, image_folder, interpolated, join_processes, linear_probe, load,
                        load_network, load_original, read_checkpoint, read_image, refuse,
-                       set_classes, student_loss)
+                       replace_file, set_classes, student_loss)
 
 IMAGENET = timm.data.ImageNetInfo().label_names()  # wnids, in the order of the outputs
 ALEXNET = {  # top-1 error of AlexNet on ImageNet-C [11], for mCE
@@ -651,11 +650,13 @@ def show(args, header, rows):
     args.tables.append(kept)
     print("\n" + table(header, kept[1:]), flush=True)
 
+def answering(columns, args):
+    """Names of all that answer: the columns, and with --average their mean."""
+    return [column.name for column in columns] + ["average"] * args.average
+
 def report(folder, folders, columns, args):
     """Print the tables of a folder, as far as it was measured."""
-    names = [column.name for column in columns]
-    if args.average:
-        names.append("average")
+    names = answering(columns, args)
     keys = [(name, "answer") for name in names]
     n = len(folder.results[0][0].samples)
     partial = " (partial)" * (len(folder.results) < len(folder.sets))
@@ -686,15 +687,15 @@ def report(folder, folders, columns, args):
 def average_of_shifts(folders, columns, args):
     """Print the last column of Tables 1 to 3: the average over folders, a corrupted one by its mean
     over corruptions; a model's own test set, where it is one, is no shift for it."""
-    names = [column.name for column in columns] + ["average"] * args.average
+    names = answering(columns, args)
     keys = [(name, "answer") for name in names]
+    known = [set(column.classes or IMAGENET) for column in columns]
     rows = []
     is_shift = []
     for folder in folders:
         cells = accuracies(folder, keys)
         if ("", 0) in cells:
             rows.append([folder.name, *cells["", 0]])
-            known = [set(column.classes or IMAGENET) for column in columns]
             shifts = [not folder.held_out or set(folder.classes) != own for own in known]
             is_shift.append(shifts + [all(shifts)] * args.average)
         if measured_corruptions(folder):
@@ -730,10 +731,8 @@ def write_json(folders, columns, args, partial):
     own = {name: value for name, value in vars(args).items() if name != "tables"}
     content = {"partial": partial, "sets": sets, "missing": {f.name: f.missing for f in folders},
                "tables": args.tables, "arguments": own, "models": models, "versions": versions}
-    file = Path(args.json).resolve()
-    temporary = file.with_name(f"{file.name}.part")
-    temporary.write_text(json.dumps(content, indent=1, default=float))
-    os.replace(temporary, file)
+    text = json.dumps(content, indent=1, default=float)
+    replace_file(Path(args.json).resolve(), text.encode())
 
 def plot(folders, columns, args):
     """Accuracy, and the share of the clean head, against severity (Figure 3); 0 is uncorrupted."""
@@ -921,11 +920,13 @@ def cost(path, config, args):
     if any(isinstance(module, ClassTokenBlock) for module in network.modules()):
         tasks["the same, class token"] = functools.partial(forward_pass, network, pixels, False)
         ratios["/ class token"] = "the same, class token"
-    inferences = [("apt", config.passes), ("three-heads", 1), ("three-heads", config.passes)]
-    for recipe, passes in inferences:
-        student = assemble(network, replace(config, recipe=recipe)).to(args.device)
-        name = f"{recipe}, K = {passes}"
-        tasks[name] = functools.partial(inference, student, pixels, passes)
+    K = config.passes
+    apt = assemble(network, replace(config, recipe="apt")).to(args.device)
+    tasks[f"apt, K = {K}"] = functools.partial(inference, apt, pixels, K)
+    three_heads = assemble(network, replace(config, recipe="three-heads")).to(args.device)
+    for passes in (1, K):
+        name = f"three-heads, K = {passes}"
+        tasks[name] = functools.partial(inference, three_heads, pixels, passes)
     if teacher is not None:
         tasks["teacher"] = functools.partial(forward_pass, teacher, pixels, False)
     for recipe, row in RECIPES.items():
@@ -1398,9 +1399,9 @@ def check(args):
         raise Refusal("--corrupt frost: needs --frost, the folder of its photos")
     if args.frost:
         check_frost(args.frost)
-    for file in (args.json, args.plot):
-        is_special = file and Path(file).exists() and not Path(file).is_file()
-        if is_special or (file and not Path(file).absolute().parent.is_dir()):
+    for file in filter(None, (args.json, args.plot)):
+        path = Path(file).absolute()
+        if not path.parent.is_dir() or (path.exists() and not path.is_file()):
             raise Refusal(f"{file}: not a file in a folder that is there")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise Refusal("--plot: a file that ends in .png, .pdf or .svg")

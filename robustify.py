@@ -1006,22 +1006,27 @@ def read_state_dict(path):
         raise Refusal(f"{path}: holds no state dict")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
-def write_checkpoint(kind, content, path):
-    """Write atomically: a crash or a full disk leaves the older file whole. Raises Refusal."""
-    content = {"format": f"robustify {kind}", **content}
-    buffer = io.BytesIO()
-    torch.save({**content, "sha256": digest(content)}, buffer)
+def replace_file(path, content):
+    """Write bytes atomically: a crash or a full disk leaves the older file whole."""
     temporary = Path(f"{path}.part")
     try:
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             os.fsync(file)
         os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+def write_checkpoint(kind, content, path):
+    """What read_checkpoint reads; raises Refusal where it cannot be written."""
+    content = {"format": f"robustify {kind}", **content}
+    buffer = io.BytesIO()
+    torch.save({**content, "sha256": digest(content)}, buffer)
+    try:
+        replace_file(path, buffer.getbuffer())
     except OSError as error:
         raise Refusal(f"{path}: cannot be written ({error.strerror}); the older file stays; make "
                       "room and use --resume") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 @contextlib.contextmanager
 def refusing_damage(path):
@@ -1312,10 +1317,13 @@ def state_file(config):
 def can_resume(config):
     """Whether --resume finds a state beside config.out. Raises Refusal where there is only
     config.out: that run is over."""
-    if config.resume and not state_file(config).is_file() and Path(config.out).is_file():
+    if not config.resume:
+        return False
+    has_state = state_file(config).is_file()
+    if not has_state and Path(config.out).is_file():
         raise Refusal(f"--resume: {config.out} is finished, or of another run: there is no "
                       f"{state_file(config)}; remove {config.out} to start anew")
-    return config.resume and state_file(config).is_file()
+    return has_state
 
 def settings_of(student, images, config):
     """What must be the same when a run goes on, and FREE_TO_CHANGE; hashed once a run."""
