@@ -347,16 +347,20 @@ def published_folder(path, name, cells, args):
     return Folder(name, "published", classes, sets, fifteen or list(present), missing)
 
 def objectnet_folder(path, name):
-    """Folder of ObjectNet: those of its classes that ImageNet has too, by its own mappings, which
-    give the place of a label among the sorted labels to outputs of an ImageNet network [2]."""
+    """Folder of ObjectNet: those of its classes that ImageNet has too. The four files of its own
+    mappings [2] lead from a folder to a label, the names of its ImageNet classes, the lines of
+    these in a list, and the outputs of an ImageNet network."""
+    mappings = path / "mappings"
     wnids = {}
     try:
-        label_of = json.loads((path / "mappings/folder_to_objectnet_label.json").read_text())
-        places = path / "mappings/imagenet_pytorch_id_to_objectnet_id.json"
-        labels = sorted(label_of.values())
-        for output, place in json.loads(places.read_text()).items():
-            wnids.setdefault(labels[place], []).append(IMAGENET[int(output)])
-    except (OSError, ValueError, IndexError, AttributeError, TypeError) as error:
+        label_of = json.loads((mappings / "folder_to_objectnet_label.json").read_text())
+        names_of = json.loads((mappings / "objectnet_to_imagenet_1k.json").read_text())
+        lines = (mappings / "imagenet_to_label_2012_v2").read_text().splitlines()
+        line_of = json.loads((mappings / "pytorch_to_imagenet_2012_id.json").read_text())
+        output_of = {lines[line].strip(): int(output) for output, line in line_of.items()}
+        for label, names in names_of.items():
+            wnids[label] = [IMAGENET[output_of[name]] for name in names.split("; ")]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise Refusal(f"{path}/mappings: not ObjectNet's files ({error})") from error
     samples, folders = image_folder(existing(path, "images"))
     shared = [f for f in folders if label_of.get(f) in wnids]

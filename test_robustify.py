@@ -1377,15 +1377,20 @@ FOLDERS = {
         "images/box/0.png": written(BANANA, OTHER, border=2)}}
 
 def make_set(kind, root):
-    """The images of a row of FOLDERS; ObjectNet also has mappings, by the order of its labels."""
+    """The images of a row of FOLDERS; ObjectNet also has its four files of mappings."""
     write_images(root, FOLDERS[kind])
     if kind == "objectnet":
-        labels = {"z_clock": "Alarm clock", "box": "Box", "banana": "Banana"}
-        outputs = {"409": 0, "530": 0, "954": 1}
+        mappings = {
+            "folder_to_objectnet_label.json":
+                {"z_clock": "Alarm clock", "box": "Box", "banana": "Banana"},
+            "objectnet_to_imagenet_1k.json":
+                {"Alarm clock": "analog clock; digital clock", "Banana": "banana"},
+            "pytorch_to_imagenet_2012_id.json": {"409": 1, "530": 2, "954": 0}}
         (root / "mappings").mkdir()
-        for name, content in (("folder_to_objectnet_label", labels),
-                              ("imagenet_pytorch_id_to_objectnet_id", outputs)):
-            (root / f"mappings/{name}.json").write_text(json.dumps(content))
+        for name, content in mappings.items():
+            (root / "mappings" / name).write_text(json.dumps(content))
+        lines = "banana \nanalog clock\ndigital clock\n"
+        (root / "mappings/imagenet_to_label_2012_v2").write_text(lines)
     return root
 
 TWO, ONE = 2 / 3, 1 / 3
@@ -1898,8 +1903,9 @@ def test_refusals_come_before_the_first_image(flags, fragment, plug_ins, tmp_pat
         "cows/ant", "cows/cow", "data/val/ant", "data/val/bee", "objectnet/images/ant",
         "levels/fog/ant", "levels/snow/ant")})
     (tmp_path / "objectnet/mappings").mkdir()
-    for name in ("folder_to_objectnet_label", "imagenet_pytorch_id_to_objectnet_id"):
-        (tmp_path / f"objectnet/mappings/{name}.json").write_text('{"ant": ["Ant"]}')
+    for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json",
+                 "pytorch_to_imagenet_2012_id.json", "imagenet_to_label_2012_v2"):
+        (tmp_path / "objectnet/mappings" / name).write_text('{"ant": ["Ant"]}')
     (tmp_path / "student.pt").write_bytes((plug_ins / "student0.pt").read_bytes())
     config = rb.Config(student=str(tmp_path / "student.pt"), teacher=str(tmp_path / "gone.pt"))
     rb.save(rb.assemble(rb.load_network(config.student), config), tmp_path / "orphan.pt")
