@@ -6,8 +6,8 @@ the cost of the whole backward pass, and the network forgets what pre-training t
 large network (the student) stays frozen but for its last fifth of parameters, which is tuned under
 three heads. A frozen copy of the original student teaches the clean and the combined head on clean
 examples; a small robust network (the teacher) teaches the unclean and the combined head on
-augmented ones. At test time MC dropout tells how uncertain each head is, and uncertainty times KL
-divergence to the combined head chooses between the clean and the unclean head.
+augmented ones. At test time MC dropout tells how uncertain each head is; the clean or the unclean
+head answers, whichever has the smaller product of uncertainty and KL divergence to the combined.
 
     python robustify.py                                              # the demo, into demo/
     python robustify.py --make-teacher vit_b_16 --data imagenet/ --out vit_b16.pt
@@ -67,7 +67,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-HEADS = ("clean", "combined", "unclean")
+HEADS = ("clean", "combined", "unclean")  # "unclean" learns from augmented examples
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RANK = int(os.environ.get("RANK", 0))  # of this process; torchrun sets both
@@ -83,17 +83,17 @@ class Config:
     student: str = ""  # network to robustify: open_clip, timm, torchvision NAME, NAME:FILE, or .pt
     teacher: str = ""  # Sec. 4.2: small robust network, named likewise
     make_teacher: str = ""  # Sec. 4.2: train this network whole on D^a instead, and save it
-    data: str = "imagenet"  # folder with train/ and val/ of class folders, or such a class folder
+    data: str = "imagenet"  # folder with train/ and val/ of class folders, or train/ itself
     out: str = ""  # file to write; default robust.pt, or teacher.pt with --make-teacher
     pretrained: str = ""  # TAG, FILE or none; default: openai for open_clip, else the library's own
-    image_size: int = 0  # input size in pixels; 0: the network's own
+    image_size: int = 0  # input size in pixels; 0: the network's own. As the next, not of --teacher
     model_args: dict = None  # JSON, keyword arguments that shape the network: '{"depth": 6}'
     recipe: str = "three-heads"  # a row of RECIPES: the method, or a baseline of Sec. 5
-    fraction: float = 0.20  # Table 5: tuned share of the image tower, counted with one head
+    fraction: float = 0.20  # Table 5: tuned share, M_s and one head; 0.20 is not in the paper
     head_blocks: int = 1  # Sec. 4.1: last blocks that belong to each head; number not in the paper
     zero_shot: bool = False  # Sec. 4.4: the text embeddings stay the classifier
     augment: Literal["augmix", "augmix+deepaugment", "none"] = "augmix+deepaugment"  # Sec. 4.2
-    severity: int = 2  # AugMix on torchvision's scale: 2 = published 1 (ImageNet), 4 = 3 (CIFAR)
+    severity: int = 2  # torchvision's AugMix scale: 2 is published 1 (ImageNet), 4 is 3 (CIFAR)
     jsd: float = 0.0  # [12]: weight of Jensen-Shannon in --make-teacher; published: 12
     temperature: float = 2.0  # T of the distillation loss; not in the paper
     distill_weight: float = 1.0  # weight of L_d beside L_c; not in the paper
@@ -102,7 +102,7 @@ class Config:
     passes: int = 10  # Sec. 4.3.2: MC dropout passes K; number not in the paper
     rule: Literal["kl-u", "u", "kl", "confidence"] = "kl-u"  # Eq. 6; the others are ablations
     lr: float = 3e-5  # peak of the schedule; this and the next four as in [33], not in the paper
-    weight_decay: float = 0.1  # AdamW's, of matrices
+    weight_decay: float = 0.1  # AdamW's, of weights that are no vectors
     warmup: int = 500  # steps to the peak, at most a fifth of all; then cosine decay
     epochs: int = 10
     batch_size: int = 512  # images a step, over all processes
@@ -123,10 +123,10 @@ class Config:
 class BranchDropout(nn.Module):
     """A residual block with dropout, while training, on what it adds to its input.
 
-    Sec. 4.3.2 wants dropout from M_s on; the place is not in the paper. The networks' own will not
-    do: open_clip's towers have none, timm's fused attention reads another switch. Dropping values
-    of the sum at p = 0.1 would be noise of a third of the signal. What a block adds is its output
-    minus its input, also where it ends with a ReLU. A block that changes the shape has no dropout.
+    It acts in training alone: U comes from the dropout before the classifier. Sec. 4.3.2 wants
+    dropout from M_s on; the place is not in the paper. Dropping values of the sum at p = 0.1 would
+    be noise of a third of the signal. What a block adds is its output minus its input, also where
+    it ends with a ReLU. A block that changes the shape has no dropout.
     """
 
     def __init__(self, block):
@@ -143,9 +143,9 @@ class BranchDropout(nn.Module):
         return x + self.dropout(y - x)
 
 class CosineClassifier(nn.Module):
-    """scale * normalize(f) . normalize(W), (..., D) -> (..., C): the dot product of Sec. 4.4. W
-    (C, D) starts at the text embeddings. Visual evaluation (VE) trains it, zero-shot mode (ZS) does
-    not."""
+    """scale * normalize(f) . normalize(W), (..., D) -> (..., C): the dot product of Sec. 4.4, as
+    CLIP has it. W (C, D) starts at the text embeddings. Visual evaluation (VE) trains W, zero-shot
+    mode (ZS) does not; the scale is never trained."""
 
     def __init__(self, weight, scale, trained):
         super().__init__()
@@ -187,16 +187,18 @@ class Prediction(NamedTuple):
 
     probabilities: torch.Tensor  # (B, C), phi of the chosen head
     head: torch.Tensor           # (B,), index into HEADS
-    uncertainty: torch.Tensor    # (B,), U_mc of the chosen head, in [0, 0.5]
+    uncertainty: torch.Tensor    # (B,), U_mc of the chosen head, 0 to 0.5; small where C is large
     phi: dict                    # {head name: (B, C)}
 
 class RobustStudent(nn.Module):
-    """The student of Figure 4: M_b frozen, M_s and the heads tuned copies, the original M beside.
+    """The student of Figure 4: M_b frozen, M_s and heads tuned copies. Beside them the original:
+    M as it is given here, so after the linear probe where there was one.
 
     backbone: pixels (B, 3, H, W) in [0, 1] -> activations z. shared: z -> h, an nn.Sequential,
     maybe empty. head: h -> logits (B, C), an nn.Sequential that ends with the classifier, which
     has a `weight` (C, D), or the classifier alone. Any network serves that can be written as three
-    such modules; BranchDropout around a residual block of yours gives it dropout.
+    such modules; BranchDropout around a residual block of yours gives it dropout. The backbone is
+    frozen in place, the others are copied.
 
     >>> block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
     >>> backbone = nn.Conv2d(3, 8, 3, stride=2)
@@ -212,7 +214,7 @@ class RobustStudent(nn.Module):
     `fit` trains it, `save` writes it, `load(file, backbone, shared, head)` reads it.
     """
 
-    # What a Network tells of itself (see there); three modules tell nothing.
+    # `assemble` fills these in from a Network; with three modules of your own they stay None.
     size = class_names = class_token = text_embeddings = source = None
     trains_statistics = False  # of batch norm
 
@@ -239,7 +241,7 @@ class RobustStudent(nn.Module):
 
     def train(self, mode=True):
         """Training mode, of the tuned part alone. Batch-norm statistics stay those of pre-training
-        (not in the paper), unless the network began at random weights."""
+        (not in the paper), unless random weights are trained from the pixels on."""
         super().train(mode)
         self.backbone.eval()
         self.original.eval()
@@ -261,9 +263,9 @@ class RobustStudent(nn.Module):
     def predict_from(self, z):
         """z, what M_b gives -> Prediction (Sec. 4.3.2).
 
-        "K forward passes through each of these heads": only the classifier runs K times, since it
-        alone follows the last dropout. K passes through all tuned blocks would cost K times as much
-        (that they can be spared is not in the paper).
+        The paper passes K times through each head. Here only the classifier runs K times, since it
+        alone follows the last dropout; K passes through all tuned blocks would cost K times as much
+        (that they can be spared is not in the paper). Recipes of one head predict likewise.
         """
         h = self.shared(z.clone())                                             # M_s
         phi = {}
@@ -295,11 +297,11 @@ def student_loss(student, teacher, pixels, labels, is_clean):
     Under three heads a clean example has the original M as its teacher and reaches the clean and
     the combined head; an augmented example has the robust teacher and reaches the unclean and the
     combined head. No augmented example moves the clean head, nor a clean one the unclean head.
-    (Eqs. 3 and 4 name one teacher; that each kind has its own is the text of Sec. 4.3.1.) Other
-    recipes lack heads, or teachers: without one, labels alone.
+    (Eqs. 3 and 4 name one teacher; that each kind has its own is the text of Secs. 4.3.1 and 5.)
+    All of them move M_s. Other recipes lack heads, or teachers: without one, labels alone.
     """
     recipe = student.recipe
-    rows = {"clean": is_clean, "combined": torch.ones_like(is_clean), "unclean": ~is_clean}
+    learns = {"clean": is_clean, "combined": torch.ones_like(is_clean), "unclean": ~is_clean}
     with torch.no_grad():
         z = student.backbone(pixels)                        # M_b, once for student and original
         teacher_logits = torch.zeros(len(labels), student.classes, device=z.device)
@@ -309,12 +311,12 @@ def student_loss(student, teacher, pixels, labels, is_clean):
             if who == "original":
                 teacher_logits[taught] = student.original(z[taught]).float()
             elif who == "robust":
-                teacher_logits[taught] = teacher(pixels[taught]).float()
+                teacher_logits[taught] = teacher(pixels[taught]).float()  # it resizes them
             has_teacher[taught] = float(who != "nobody")
     h = student.shared(z)                                   # M_s
-    loss = {name: torch.zeros(len(labels), device=z.device) for name in HEADS}  # 0 in others' rows
+    loss = {name: torch.zeros(len(labels), device=z.device) for name in HEADS}
     for name, head in student.heads.items():
-        own = rows[name]
+        own = learns[name]  # the examples that reach this head; of others it has the loss 0
         logits = head(h[own])                               # M_h
         L_c = F.cross_entropy(logits.float(), labels[own], reduction="none")
         L_d = distillation(logits, teacher_logits[own], student.config.temperature)
@@ -338,8 +340,9 @@ def dropout_masks(config, width):
 def mc_dropout(classifier, features, masks):
     """MC dropout [6]: features (B, D), masks (K, D) -> phi (B, C), U_mc (B,).
 
-    phi is the mean over passes of the softmax, U_mc its standard deviation over passes; that C
-    deviations make one number by their mean is not in the paper.
+    phi is the mean over passes of the softmax, U_mc its standard deviation over passes. That the
+    "outputs" of Sec. 4.3.2 are probabilities, and that C deviations make one number by their mean,
+    is not in the paper.
     """
     logits = classifier(features[:, None] * masks)          # (B, K, C), all passes at once
     p = logits.float().softmax(-1)
@@ -355,8 +358,8 @@ def select_head(phi, uncertainty, rule="kl-u"):
     """Eq. 6: argmin over k in {c, u} of U_k * KL(phi_m || phi_k) -> (B,) index into HEADS.
 
     phi {head: (B, C)}, uncertainty {head: (B,)}. The other rules are the paper's ablation: either
-    factor alone, or the highest probability. A tie goes to the clean head (not in the paper). With
-    a combined head alone there is nothing to choose. Raises ValueError for an unknown rule.
+    factor alone, or the highest probability. A tie goes to the clean head (not in the paper). A
+    combined head alone is chosen whatever the rule. Raises ValueError for an unknown rule.
     """
     if "clean" not in phi:
         return torch.full_like(phi["combined"][:, 0], HEADS.index("combined"), dtype=torch.long)
@@ -385,7 +388,7 @@ def of_chosen_head(values, chosen):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What distinguishes the methods; the loss and the training loop read these rows."""
+    """What distinguishes the methods; RobustStudent, student_loss and find_cut read these rows."""
 
     heads: tuple            # which of HEADS are tuned; "combined" is always one
     clean_teacher: str      # of clean examples: "original", "robust" or "nobody"
@@ -393,8 +396,9 @@ class Recipe:
     cut: str                # tuning begins at "pixels", the "part" of --fraction, or "features"
     views: str              # of "both" kinds, or "clean" alone
 
-# The paper's text calls single-teacher "Only K.D." and combined-head by that name; its tables call
-# them "Single-Teacher" and "Only K.D.". With --zero-shot, ft and apt are ZS-Full and ZS-APT.
+# In the paper's text single-teacher is "Only K.D." and combined-head is "combined head"; we take
+# them for the rows "Single-Teacher" and "Only K.D." of its tables. With --zero-shot, ft and apt are
+# ZS-Full and ZS-APT. Baselines too have dropout and the mean over K passes (not in the paper).
 RECIPES = {
     "three-heads":    Recipe(HEADS, "original", "robust", "part", "both"),
     "combined-head":  Recipe(("combined",), "original", "robust", "part", "both"),
@@ -404,21 +408,6 @@ RECIPES = {
     "ft":             Recipe(("combined",), "nobody", "nobody", "pixels", "clean"),
     "ft-augmented":   Recipe(("combined",), "nobody", "nobody", "pixels", "both"),
 }
-
-def interpolated(student, alpha):
-    """WiSE-FT [33]: a student of weights (1 - alpha) * original + alpha * tuned, in every head. It
-    shares its frozen parts with `student`."""
-    shared, head = student.original
-    mixed = RobustStudent(student.backbone, shared, head, student.config)
-    mixed.to(student.masks.device)
-    mixed.original = student.original
-    copy_description(student, mixed)
-    tuned = tuned_state(student)
-    with torch.no_grad():
-        for name, value in tuned_state(mixed).items():
-            if value.is_floating_point():
-                value.lerp_(tuned[name], alpha)
-    return mixed.eval()
 
 # --- Data: D^a, clean and augmented views (Secs. 4.2, 4.3) ----------------------------------------
 
@@ -442,6 +431,8 @@ def read_image(path):
         image = Image.open(path)
         if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip to white
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits of grey, of unknown range")
         return v2.functional.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # a broken file may raise anything
         raise Refusal(f"{path}: cannot be read ({error}); mend it or remove it") from error
@@ -452,10 +443,10 @@ def own_randomness(*numbers):
     made is the same in any process at any time; the generator outside goes on as it was."""
     seed = np.random.SeedSequence(numbers).generate_state(1)[0]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several round convolutions differently
+    torch.set_num_threads(1)  # several threads round convolutions differently
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(seed))  # torch.manual_seed seeds GPUs too
+            torch.default_generator.manual_seed(int(seed))  # torch.manual_seed reseeds GPUs too
             yield
     finally:
         torch.set_num_threads(threads)
@@ -486,7 +477,7 @@ def noise2net(image):
 
 def centre_crop(size):
     """The view for measuring: images of up to 64 px whole, larger ones as ImageNet is measured:
-    Resize 256, CenterCrop 224, or likewise."""
+    Resize 256, CenterCrop 224, or likewise (not in the paper; CLIP's and timm's own differ)."""
     resized = size * 256 // 224 if size > 64 else size
     return v2.Compose([v2.Resize(resized), v2.CenterCrop(size)])
 
@@ -504,8 +495,9 @@ class CentreViews(Dataset):
 class TrainingViews(Dataset):
     """D^a: (epoch, index) -> (image uint8 (3, size, size), label, is_clean).
 
-    A fair coin makes an example clean or augmented (not in the paper); without augmentation all are
-    clean. What is random in a view follows from (seed, epoch, index), whatever the processes.
+    A fair coin makes an example clean or augmented in this epoch (not in the paper); without
+    augmentation all are clean. What is random follows from (seed, epoch, index), whatever the
+    processes.
     """
 
     def __init__(self, samples, size, augment, config):
@@ -516,7 +508,7 @@ class TrainingViews(Dataset):
         if size <= 64:
             crop = [v2.Resize(size), v2.RandomCrop(size, padding=size // 8)]
         self.crop = v2.Compose([*crop, v2.RandomHorizontalFlip()])
-        # all_ops (not in the paper) would add colour, contrast and others that ImageNet-C tests.
+        # False is not in the paper: the other operations are among ImageNet-C's corruptions.
         self.augmix = v2.AugMix(severity=config.severity, all_ops=False)
 
     def __len__(self):
@@ -536,7 +528,7 @@ class TrainingViews(Dataset):
         return (view if is_clean else self.augmented(view)), is_clean
 
     def augmented(self, view):
-        """Noise2Net on every second view (its share is not in the paper), then AugMix."""
+        """Noise2Net on half of the views, by a coin (not in the paper), then AugMix."""
         if self.augment == "augmix+deepaugment" and torch.rand(()) < 0.5:
             view = (noise2net(view / 255) * 255).byte()
         return self.augmix(view)
@@ -550,6 +542,7 @@ class AugMixTriples(TrainingViews):
 
 def batches(dataset, keys, batch_size, workers):
     """Yields batches of dataset[key] for `keys`, in order; raises the Refusal of an item."""
+    # A sampler may yield any key: DataLoader hands it to __getitem__.
     loader = DataLoader(dataset, batch_size, sampler=keys, num_workers=workers,
                         pin_memory=torch.cuda.is_available())
     try:
@@ -564,6 +557,375 @@ def centre_batches(samples, size, config, title):
     loader = batches(CentreViews(samples, size), share, per_process, config.workers)
     for images, labels in tqdm(loader, title, -(-len(share) // per_process), disable=RANK > 0):
         yield images.to(config.device) / 255, labels.to(config.device)
+
+# --- The training loop (Eq. 2) --------------------------------------------------------------------
+
+def count_steps(count, config):
+    """(images a step and process, steps an epoch) of `count` training images; an epoch's last,
+    smaller batch is left out. Raises Refusal."""
+    per_process = min(config.batch_size, count) // PROCESSES
+    if per_process == 0:
+        raise Refusal(f"--batch-size {config.batch_size}, {count} images: too few for {PROCESSES} "
+                      "processes")
+    return per_process, count // (per_process * PROCESSES)
+
+def training_keys(count, config, first_step):
+    """Yields the (epoch, index) keys of this process's share of the steps from `first_step` on. The
+    order follows from (seed, epoch): equal step sizes hold the same images on any number of
+    processes."""
+    per_process, per_epoch = count_steps(count, config)
+    size = per_process * PROCESSES
+    for epoch in range(first_step // per_epoch, config.epochs):
+        order = np.random.default_rng((config.seed, epoch)).permutation(count)
+        for place in range(max(0, first_step - epoch * per_epoch), per_epoch):
+            for index in order[place * size:(place + 1) * size][RANK::PROCESSES]:
+                yield epoch, int(index)
+
+def learning_rate(step, total, config):
+    """Linear warm-up, then half a cosine down to 0 [33]."""
+    warmup = min(config.warmup, total // 5)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+def make_optimizer(student, config):
+    """AdamW; no decay of vectors (biases, norms), nor of what a CosineClassifier divides out."""
+    cosine = [m.weight for m in student.modules() if isinstance(m, CosineClassifier)]
+    decayed = []
+    others = []
+    for p in student.parameters():
+        if p.requires_grad and p.ndim > 1 and not any(p is weight for weight in cosine):
+            decayed.append(p)
+        elif p.requires_grad:
+            others.append(p)
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+
+def autocast(device):
+    """bfloat16 on a GPU, where it needs no scaling of the loss; float32 on a CPU."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+
+def training_step(student, optimizer, loss_of, batch, config):
+    """One update with batch = (images uint8, labels, is_clean); returns the loss, a float. Raises
+    FloatingPointError, before the update, where the loss or a gradient is not finite."""
+    images, labels, is_clean = (t.to(config.device, non_blocking=True) for t in batch)
+    optimizer.zero_grad()
+    with autocast(config.device):
+        loss = loss_of(images / 255, labels, is_clean)
+    loss.backward()
+    tuned = [p for p in student.parameters() if p.requires_grad]
+    if PROCESSES > 1:
+        for p in tuned:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= PROCESSES
+    norm = nn.utils.clip_grad_norm_(tuned, 1.0)  # as in [33], not in the paper
+    if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+        raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
+    optimizer.step()
+    for module in student.modules():
+        if isinstance(module, CosineClassifier) and module.weight.requires_grad:
+            module.renormalise()
+    return loss.item()
+
+def fit(student, loss_of, views, config, write):
+    """Eq. 2: minimise loss_of(pixels, labels, is_clean) over theta_s and theta_h.
+
+    views: TrainingViews. write(): saves the student, after each epoch; the last one is kept, none
+    is chosen on val/. Dropout follows from (seed, rank, step), views and order from the seed, so
+    that --resume needs weights, optimiser and step alone. Leaves the student in eval mode. Raises
+    Refusal where a loss, gradient or weight is not finite.
+    """
+    student.to(config.device)
+    optimizer = make_optimizer(student, config)
+    settings = settings_of(student, len(views), config)
+    first_step = read_state(student, optimizer, settings, config) if can_resume(config) else 0
+    if PROCESSES > 1:
+        torch.distributed.barrier()  # all have read the state before one replaces it
+    per_process, per_epoch = count_steps(len(views), config)
+    steps = config.epochs * per_epoch
+    keys = training_keys(len(views), config, first_step)
+    loader = batches(views, keys, per_process, config.workers)
+    waited = 0.0
+    started = time.perf_counter()
+    with tqdm(desc="training", total=steps, initial=first_step, unit=" images", mininterval=2,
+              unit_scale=per_process * PROCESSES, disable=RANK > 0) as bar:
+        for step in range(first_step, steps):
+            asked = time.perf_counter()
+            batch = next(loader)
+            waited += time.perf_counter() - asked
+            seed = np.random.SeedSequence((config.seed, RANK, step)).generate_state(1)[0]
+            torch.manual_seed(int(seed))  # of dropout
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, config)
+            ends_epoch = (step + 1) % per_epoch == 0
+            saves = ends_epoch or (config.save_every > 0 and (step + 1) % config.save_every == 0)
+            try:
+                loss = training_step(student.train(), optimizer, loss_of, batch, config)
+                if saves:
+                    check_finite(student)
+            except FloatingPointError as error:
+                raise not_finite(error, step, per_epoch, config) from error
+            if saves:
+                average_statistics(student)
+            if saves and RANK == 0:
+                write_state(student, optimizer, step + 1, settings, config)
+            if ends_epoch and RANK == 0:
+                write()
+            share = waited / (time.perf_counter() - started)
+            bar.set_postfix_str(f"loss {loss:.3f}, {share:.0%} waiting for data", refresh=False)
+            bar.update()
+    student.eval()
+    if RANK == 0:
+        if first_step == steps:
+            write()  # an earlier run ended between its last state and this
+        state_file(config).unlink(missing_ok=True)
+    if PROCESSES > 1:
+        torch.distributed.barrier()  # the others may read what rank 0 wrote
+
+def not_finite(error, step, per_epoch, config):
+    """The Refusal that ends a run which diverged at `step`."""
+    stays = "stays as it was" if Path(config.out).is_file() else "was not written yet"
+    return Refusal(f"epoch {step // per_epoch + 1}, step {step % per_epoch + 1}: {error}; "
+                   f"{config.out} {stays}; try a lower --lr or --temperature")
+
+def check_finite(student):
+    """Raises FloatingPointError, naming the first tuned tensor that holds NaN or infinity."""
+    for name, value in tuned_state(student).items():
+        if not value.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite")
+
+def average_statistics(student):
+    """Where batch-norm statistics are trained each process has its own: make them the mean."""
+    if PROCESSES > 1 and student.trains_statistics:
+        for name, value in student.named_buffers():
+            if "running" in name:
+                torch.distributed.all_reduce(value)
+                value /= PROCESSES
+
+# --- The robust teacher (Sec. 4.2) ----------------------------------------------------------------
+
+def teacher_loss(tuned, jsd, pixels, labels):
+    """The published AugMix loss [12]: cross-entropy of the clean view + jsd * Jensen-Shannon
+    divergence of all three; pixels (B, 3, 3, H, W), labels (B,) -> scalar."""
+    views = pixels.transpose(0, 1).flatten(0, 1)                        # (3 B, 3, H, W)
+    logits = tuned.heads["combined"](tuned.shared(tuned.backbone(views))).float()
+    phi = logits.softmax(-1).unflatten(0, (3, -1))                      # (3, B, C)
+    divergence = 0.0
+    for p in phi:
+        divergence = divergence + kl_divergence(p, phi.mean(0)).mean() / 3
+    return F.cross_entropy(logits[:len(labels)], labels) + jsd * divergence
+
+def save_teacher(tuned, network, path):
+    """Write `network` whole, with the weights of `tuned`: cut at the pixels, its shared section and
+    head hold stem, blocks, pool and classifier in order."""
+    head = tuned.heads["combined"]
+    stages = [*tuned.shared, *head.body]
+    teacher = copy.copy(network)
+    teacher._modules = {"prepare": tuned.backbone[0], "stem": stages[0],
+                        "blocks": nn.Sequential(*stages[1:-1]), "pool": stages[-1],
+                        "classifier": head.classifier}
+    save_network(teacher, path)
+
+# --- A run: data, the original, and what is tuned -------------------------------------------------
+
+def train(config):
+    """Sec. 4.3: cut the student, plug in its heads, tune them on D^a, write the plug-in. Raises
+    Refusal.
+
+    With --make-teacher, Sec. 4.2, the same is done by the recipe ft-augmented: one head, labels
+    alone, tuned from the pixels on, with a student's dropout; --jsd adds its term. A whole network
+    is written.
+    """
+    name = config.make_teacher or config.student
+    if config.make_teacher:
+        config = replace(config, recipe="ft-augmented")
+    recipe = RECIPES[config.recipe]
+    needs_teacher = "robust" in (recipe.clean_teacher, recipe.augmented_teacher)
+    if needs_teacher and not config.teacher:
+        raise Refusal(f"--recipe {config.recipe} needs --teacher FILE.pt; see --make-teacher")
+    if config.zero_shot and (config.make_teacher or config.recipe == "lp"):
+        raise Refusal("--zero-shot keeps the classifier: not with --make-teacher or --recipe lp")
+    if config.jsd and (not config.make_teacher or config.augment == "none"):
+        raise Refusal("--jsd: only with --make-teacher and augmented views")
+    if config.augment == "none" and "unclean" in recipe.heads:
+        raise Refusal("--augment none: the unclean head would have nothing to learn from")
+    if config.dropout == 0 and config.rule in ("kl-u", "u") and "unclean" in recipe.heads:
+        raise Refusal(f"--dropout 0: leaves no uncertainty for --rule {config.rule} to compare")
+    resumes = can_resume(config)
+    samples, class_names = training_images(config)
+    teacher = load_teacher(config, class_names) if needs_teacher else None
+    count_steps(len(samples), config)  # refuses before the long work
+    network = load_network(name, config.pretrained, config.image_size, config.model_args,
+                           config.seed)
+    has_probe = give_classifier(network, class_names, config) and not resumes
+    augment = "none" if recipe.views == "clean" else config.augment
+    triples = bool(config.make_teacher) and config.jsd > 0 and augment != "none"
+    kind = AugMixTriples if triples else TrainingViews
+    views = kind(samples, network.size, augment, config)
+    if RANK == 0:
+        announce(name, network, views, has_probe, config)
+    network.to(config.device)
+    if has_probe:
+        probe(network, samples, config)
+    student = assemble(network, config)
+
+    def loss_of(pixels, labels, is_clean):
+        if triples:
+            return teacher_loss(student, config.jsd, pixels, labels)
+        return student_loss(student, teacher, pixels, labels, is_clean)
+
+    def write():
+        if config.make_teacher:
+            save_teacher(student, network, config.out)
+        else:
+            save(student, config.out)
+
+    fit(student, loss_of, views, config, write)
+
+def training_images(config):
+    """([(path, label)], class names) of --data; raises Refusal where the folder is wrong."""
+    folder = Path(config.data)
+    train_folder = folder / "train"  # or a class of this name, without folders in it
+    has_folders = train_folder.is_dir() and any(path.is_dir() for path in train_folder.iterdir())
+    if has_folders or (train_folder.is_dir() and (folder / "val").is_dir()):
+        folder = train_folder
+    samples, class_names = image_folder(folder)
+    if len(class_names) < 2:
+        raise Refusal(f"{folder}: holds one class folder, {class_names[0]}; give the folder that "
+                      "holds all")
+    if config.limit:
+        drawn = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
+        samples = [samples[i] for i in sorted(drawn)]
+    return samples, class_names
+
+def check_classes(what, names, expected):
+    """Raises Refusal where `names` are not the classes of --data."""
+    if list(names) != list(expected):
+        raise Refusal(f"{what} has {len(names)} classes ({', '.join(names[:3])} ...), --data has "
+                      f"{len(expected)} ({', '.join(expected[:3])} ...): they must agree")
+
+def load_teacher(config, class_names):
+    """The robust teacher, frozen; raises Refusal where its classes are not those of --data."""
+    teacher = load_network(config.teacher)
+    outputs = 0 if teacher.classifier is None else len(teacher.classifier.weight)
+    if teacher.class_names is not None:
+        check_classes(f"--teacher {config.teacher}", teacher.class_names, class_names)
+    elif outputs != len(class_names):
+        raise Refusal(f"--teacher {config.teacher}: has {outputs} outputs, --data has "
+                      f"{len(class_names)} classes; see --make-teacher")
+    elif RANK == 0:
+        print(f"teacher   {config.teacher} names no classes: taken in the order of the folders")
+    return teacher.to(config.device).requires_grad_(False)
+
+def give_classifier(network, names, config):
+    """Gives `network` a classifier for the classes of --data; returns whether visual evaluation
+    (VE) must begin with a linear probe (Sec. 5). Raises Refusal.
+
+    Its own classifier stays where it is known to be of these classes. Otherwise the text embeddings
+    are one, where there are any: ZS takes them as they are, the probe starts from them.
+    """
+    if config.zero_shot and network.text_embeddings is None:
+        raise Refusal(f"--zero-shot: {config.student} has no text encoder")
+    if network.classifier is not None and network.class_names == names:
+        return False
+    network.class_names = names
+    if network.text_embeddings is not None:
+        weight, scale = network.text_embeddings(names, device=config.device)
+        network.classifier = CosineClassifier(weight, scale, trained=not config.zero_shot)
+    else:
+        with torch.no_grad(), own_randomness(config.seed, 1):  # not as its other weights
+            features = network.features(torch.zeros(1, 3, network.size, network.size))
+            network.classifier = nn.Linear(features.shape[1], len(names))
+    return not config.zero_shot and not network.is_random  # random features are worth no probe
+
+def probe(network, samples, config):
+    """Fits the classifier to the training images, as Sec. 5 does for LP. It makes the original M
+    that every recipe starts from, `lp` too. That a teacher begins with it is not in the paper: it
+    keeps what it knew."""
+    linear_probe(*all_features(network, samples, config), network.classifier)
+    if PROCESSES > 1:
+        for p in network.classifier.parameters():
+            torch.distributed.broadcast(p.data, src=0)
+
+@torch.no_grad()
+def all_features(network, samples, config):
+    """(features (n, D), labels (n,)) of centre crops; processes share the work, all get all."""
+    features = []
+    labels = []
+    for pixels, y in centre_batches(samples, network.size, config, "features"):
+        with autocast(config.device):
+            features.append(network.features(pixels).float().cpu())
+        labels.append(y.cpu())
+    shares = [(torch.cat(features), torch.cat(labels))]
+    if PROCESSES > 1:
+        mine = shares[0]
+        shares = [None] * PROCESSES
+        torch.distributed.all_gather_object(shares, mine)
+    features = torch.cat([share[0] for share in shares]).to(config.device)
+    return features, torch.cat([share[1] for share in shares]).to(config.device)
+
+def linear_probe(features, labels, classifier, weight_decay=1e-4):
+    """Fits `classifier` in place to features (n, D) and labels (n,) by L-BFGS: mean cross-entropy;
+    for an nn.Linear also weight_decay * squared norm of the weight. A CosineClassifier divides its
+    norm out: decay would only shrink it."""
+    linear = isinstance(classifier, nn.Linear)
+    if linear:
+        for p in classifier.parameters():
+            nn.init.zeros_(p)
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=1000,
+                                  line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        total = torch.zeros((), device=features.device)
+        if linear:
+            total = weight_decay * classifier.weight.square().sum()
+            total.backward()
+        for x, y in zip(features.split(8192), labels.split(8192)):
+            loss = F.cross_entropy(classifier(x), y, reduction="sum") / len(labels)
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    optimizer.step(objective)
+    if not linear:
+        classifier.renormalise()
+
+def announce(name, network, views, has_probe, config):
+    """Print what is about to happen, in one block."""
+    stages = ["pixels", "stem", *(f"block {i + 1}" for i in range(len(network.blocks))), "pool"]
+
+    def span(start, end):
+        if start >= end:
+            return "nothing"
+        return stages[start] if end == start + 1 else f"{stages[start]} to {stages[end - 1]}"
+
+    cut, head_start = find_cut(network, config)
+    recipe = RECIPES[config.recipe]
+    one = tuned_share(network, cut)
+    head = tuned_share(network, head_start)
+    per_process, per_epoch = count_steps(len(views), config)
+    print(f"network   {name}: {count_parameters(network) / 1e6:.2f} M parameters, "
+          f"{network.size} px; frozen {span(0, cut)}; shared {span(cut, head_start)}; in each head "
+          f"{span(head_start, len(stages))}, classifier")
+    print(f"tuned     {config.recipe}: {one:.1%} of the parameters, with all heads "
+          f"{one + (len(recipe.heads) - 1) * head:.1%}")
+    if recipe.cut == "part" and abs(one - config.fraction) > 0.15 * config.fraction:
+        print(f"          not --fraction {config.fraction:.1%}: one head has {head:.1%}, and only "
+              "whole blocks can be shared (--head-blocks 0: none in a head)")
+    teachers = {"original": "the original", "robust": config.teacher, "nobody": "labels alone"}
+    print(f"heads     {', '.join(recipe.heads)}; clean examples are taught by "
+          f"{teachers[recipe.clean_teacher]}, augmented by {teachers[recipe.augmented_teacher]}")
+    print(f"images    {len(views)} of {len(network.class_names)} classes, augmented by "
+          f"{views.augment}")
+    if has_probe:
+        print("probe     first a classifier for these classes; the network with it is the original")
+    print(f"training  {config.epochs} epochs, {config.epochs * per_epoch} steps of "
+          f"{per_process * PROCESSES} images, AdamW, lr {config.lr:g}, on {config.device}; writes "
+          f"{config.out}", flush=True)
 
 # --- Networks: where a library's network is cut ---------------------------------------------------
 
@@ -593,7 +955,7 @@ class Part(nn.Module):
 class ClassTokenBlock(nn.Module):
     """The last block of a CLIP ViT, of which the class token alone is pooled, (B, N, D) ->
     (B, 1, D): keys and values of all tokens, query, projection and MLP of one. Exact, for a sixth
-    of the cost (not in the paper). `whole` computes all tokens, as the library does."""
+    of the cost (not in the paper). `whole` computes all tokens, as the library does: for --cost."""
 
     whole = False
 
@@ -735,8 +1097,8 @@ class Network(nn.Module):
         self.class_names = None                 # of the outputs, None where unknown
         self.text_embeddings = None             # CLIP: (names, templates, device) -> (W, scale)
         self.is_random = False                  # its weights were never trained
-        self.source = None                      # load_network's arguments, for it with its weights
-        self.architecture = None                # the same, for one without weights
+        self.source = None                      # arguments of load_network that give this network
+        self.architecture = None                # those that give it with random weights
 
     def features(self, pixels):
         """pixels (B, 3, H, W) in [0, 1] -> (B, D), what the classifier sees."""
@@ -771,9 +1133,9 @@ def find_cut(network, config):
     allow.
     """
     end = len(network.stages())
-    head_start = max(2, end - 1 - config.head_blocks)
+    head_start = max(2, end - 1 - config.head_blocks)  # prepare and stem are in no head
     if RECIPES[config.recipe].cut == "pixels":
-        return 1, head_start
+        return 1, head_start  # stage 0, prepare, has no weights
     if RECIPES[config.recipe].cut == "features":
         return end, end
     starts = range(1, head_start + 1)
@@ -791,7 +1153,7 @@ def assemble(network, config):
     student.trains_statistics = network.is_random and student.recipe.cut == "pixels"
     return student
 
-# --- Networks: loading and saving -----------------------------------------------------------------
+# --- Networks: loading ----------------------------------------------------------------------------
 
 # What wrong arguments and mutated files cause in the libraries' constructors and in ours.
 DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
@@ -822,6 +1184,8 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
                           "--image-size or --model-args")
         return read_network(name)
     family, _, file = name.partition(":")
+    if file and pretrained:
+        raise Refusal(f"{name}: brings its own weights; give no --pretrained {pretrained}")
     if Path(pretrained).is_file():
         file = pretrained
     weights = None
@@ -931,6 +1295,7 @@ def set_classes(model, names, weight, scale):
     for module in model.modules():
         if isinstance(module, CosineClassifier):
             module.weight = F.normalize(weight, dim=-1).to(module.weight.device)
+            module.scale.fill_(scale)
     model.class_names = list(names)
     model.classes = len(names)
 
@@ -943,6 +1308,8 @@ def classifier_from(state, zero_shot):
         classifier = nn.Linear(width, classes, bias="bias" in state)
     classifier.load_state_dict(state)
     return classifier
+
+# --- Files: plug-ins, whole networks, states of --resume ------------------------------------------
 
 def read_tensors(path):
     """torch.load of tensors and plain data, so that no code in the file runs; raises Refusal."""
@@ -1072,10 +1439,13 @@ def load(path, backbone=None, shared=None, head=None, class_names=None, alpha=1.
     saved = read_checkpoint(path, "plug-in")
     with refusing_damage(path):
         config = Config(**saved["config"])
-        if backbone is None:
+        given = [module for module in (backbone, shared, head) if module is not None]
+        if not given:
             student = assemble(original_network(path, saved), config)
-        else:
+        elif len(given) == 3:
             student = RobustStudent(backbone, shared, head, config)
+        else:
+            raise Refusal(f"{path}: give backbone, shared and head together, or none of them")
         found = fingerprint(student.backbone, student.original)
         if found != saved["fingerprint"]:
             raise Refusal(f"{path}: tuned on a network with fingerprint "
@@ -1088,6 +1458,21 @@ def load(path, backbone=None, shared=None, head=None, class_names=None, alpha=1.
             raise Refusal(f"{path}: has no text encoder for new class names")
         set_classes(student, class_names, *student.text_embeddings(class_names))
     return student if alpha == 1 else interpolated(student, alpha)
+
+def interpolated(student, alpha):
+    """WiSE-FT [33]: a student of weights (1 - alpha) * original + alpha * tuned, in every head. It
+    shares its frozen parts with `student`."""
+    shared, head = student.original
+    mixed = RobustStudent(student.backbone, shared, head, student.config)
+    mixed.to(student.masks.device)
+    mixed.original = student.original
+    copy_description(student, mixed)
+    tuned = tuned_state(student)
+    with torch.no_grad():
+        for name, value in tuned_state(mixed).items():
+            if value.is_floating_point():
+                value.lerp_(tuned[name], alpha)
+    return mixed.eval()
 
 def load_original(path):
     """The whole Network M that the plug-in at `path` was tuned from; raises Refusal."""
@@ -1139,175 +1524,6 @@ def read_network(path):
     network.source = {"name": path}
     return network
 
-# --- The robust teacher (Sec. 4.2) ----------------------------------------------------------------
-
-def teacher_loss(student, jsd, pixels, labels):
-    """The published AugMix loss [12]: cross-entropy of the clean view + jsd * Jensen-Shannon
-    divergence of all three; pixels (B, 3, 3, H, W), labels (B,) -> scalar."""
-    views = pixels.transpose(0, 1).flatten(0, 1)                        # (3 B, 3, H, W)
-    logits = student.heads["combined"](student.shared(student.backbone(views))).float()
-    phi = logits.softmax(-1).unflatten(0, (3, -1))                      # (3, B, C)
-    divergence = 0.0
-    for p in phi:
-        divergence = divergence + kl_divergence(p, phi.mean(0)).mean() / 3
-    return F.cross_entropy(logits[:len(labels)], labels) + jsd * divergence
-
-def save_teacher(student, network, path):
-    """Write the whole Network that `student` was tuned from, as it is now: cut at the pixels, its
-    shared section and head hold stem, blocks, pool and classifier in order."""
-    head = student.heads["combined"]
-    stages = [*student.shared, *head.body]
-    tuned = copy.copy(network)
-    tuned._modules = {"prepare": student.backbone[0], "stem": stages[0],
-                      "blocks": nn.Sequential(*stages[1:-1]), "pool": stages[-1],
-                      "classifier": head.classifier}
-    save_network(tuned, path)
-
-# --- The training loop (Eq. 2), and how it resumes ------------------------------------------------
-
-def count_steps(count, config):
-    """(images a step and process, steps an epoch) of `count` training images; an epoch's last,
-    smaller batch is left out. Raises Refusal."""
-    per_process = min(config.batch_size, count) // PROCESSES
-    if per_process == 0:
-        raise Refusal(f"--batch-size {config.batch_size}, {count} images: too few for {PROCESSES} "
-                      "processes")
-    return per_process, count // (per_process * PROCESSES)
-
-def training_keys(count, config, first_step):
-    """Yields the (epoch, index) keys of this process's share of the steps from `first_step` on. The
-    order follows from (seed, epoch): equal step sizes hold the same images on any number of
-    processes."""
-    per_process, per_epoch = count_steps(count, config)
-    size = per_process * PROCESSES
-    for epoch in range(first_step // per_epoch, config.epochs):
-        order = np.random.default_rng((config.seed, epoch)).permutation(count)
-        for place in range(max(0, first_step - epoch * per_epoch), per_epoch):
-            for index in order[place * size:(place + 1) * size][RANK::PROCESSES]:
-                yield epoch, int(index)
-
-def learning_rate(step, total, config):
-    """Linear warm-up, then half a cosine down to 0 [33]."""
-    warmup = min(config.warmup, total // 5)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    return config.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
-
-def make_optimizer(student, config):
-    """AdamW; no decay of biases and norms, nor of what a CosineClassifier divides out."""
-    cosine = [m.weight for m in student.modules() if isinstance(m, CosineClassifier)]
-    decayed = []
-    others = []
-    for p in student.parameters():
-        if p.requires_grad and p.ndim > 1 and not any(p is weight for weight in cosine):
-            decayed.append(p)
-        elif p.requires_grad:
-            others.append(p)
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-
-def autocast(device):
-    """bfloat16 on a GPU, where it needs no scaling of the loss; float32 on a CPU."""
-    kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
-
-def training_step(student, optimizer, loss_of, batch, config):
-    """One update with batch = (images uint8, labels, is_clean); returns the loss, a float. Raises
-    FloatingPointError, before the update, where the loss or a gradient is not finite."""
-    images, labels, is_clean = (t.to(config.device, non_blocking=True) for t in batch)
-    optimizer.zero_grad()
-    with autocast(config.device):
-        loss = loss_of(images / 255, labels, is_clean)
-    loss.backward()
-    tuned = [p for p in student.parameters() if p.requires_grad]
-    if PROCESSES > 1:
-        for p in tuned:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= PROCESSES
-    norm = nn.utils.clip_grad_norm_(tuned, 1.0)  # as in [33], not in the paper
-    if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-        raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
-    optimizer.step()
-    for module in student.modules():
-        if isinstance(module, CosineClassifier) and module.weight.requires_grad:
-            module.renormalise()
-    return loss.item()
-
-def fit(student, loss_of, views, config, write):
-    """Eq. 2: minimise loss_of(pixels, labels, is_clean) over theta_s and theta_h.
-
-    views: TrainingViews. write(): saves the student, after each epoch. Dropout follows from
-    (seed, rank, step), views and order from the seed, so that --resume needs weights, optimiser and
-    step alone. Raises Refusal where a loss, gradient or weight is not finite.
-    """
-    student.to(config.device)
-    optimizer = make_optimizer(student, config)
-    settings = settings_of(student, len(views), config)
-    first_step = read_state(student, optimizer, settings, config) if can_resume(config) else 0
-    if PROCESSES > 1:
-        torch.distributed.barrier()  # all have read the state before one replaces it
-    per_process, per_epoch = count_steps(len(views), config)
-    steps = config.epochs * per_epoch
-    keys = training_keys(len(views), config, first_step)
-    loader = batches(views, keys, per_process, config.workers)
-    waited = 0.0
-    started = time.perf_counter()
-    with tqdm(desc="training", total=steps, initial=first_step, unit=" images", mininterval=2,
-              unit_scale=per_process * PROCESSES, disable=RANK > 0) as bar:
-        for step in range(first_step, steps):
-            asked = time.perf_counter()
-            batch = next(loader)
-            waited += time.perf_counter() - asked
-            seed = np.random.SeedSequence((config.seed, RANK, step)).generate_state(1)[0]
-            torch.manual_seed(int(seed))  # of dropout
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, config)
-            ends_epoch = (step + 1) % per_epoch == 0
-            saves = ends_epoch or (config.save_every > 0 and (step + 1) % config.save_every == 0)
-            try:
-                loss = training_step(student.train(), optimizer, loss_of, batch, config)
-                if saves:
-                    check_finite(student)
-            except FloatingPointError as error:
-                raise not_finite(error, step, per_epoch, config) from error
-            if saves:
-                average_statistics(student)
-            if saves and RANK == 0:
-                write_state(student, optimizer, step + 1, settings, config)
-            if ends_epoch and RANK == 0:
-                write()
-            share = waited / (time.perf_counter() - started)
-            bar.set_postfix_str(f"loss {loss:.3f}, {share:.0%} waiting for data", refresh=False)
-            bar.update()
-    if RANK == 0:
-        if first_step == steps:
-            write()  # an earlier run ended between its last state and this
-        state_file(config).unlink(missing_ok=True)
-    if PROCESSES > 1:
-        torch.distributed.barrier()  # the others may read what rank 0 wrote
-
-def not_finite(error, step, per_epoch, config):
-    """The Refusal that ends a run which diverged at `step`."""
-    stays = "stays as it was" if Path(config.out).is_file() else "was not written yet"
-    return Refusal(f"epoch {step // per_epoch + 1}, step {step % per_epoch + 1}: {error}; "
-                   f"{config.out} {stays}; try a lower --lr or --temperature")
-
-def check_finite(student):
-    """Raises FloatingPointError, naming the first tuned tensor that holds NaN or infinity."""
-    for name, value in tuned_state(student).items():
-        if not value.isfinite().all():
-            raise FloatingPointError(f"{name} is not finite")
-
-def average_statistics(student):
-    """Where batch-norm statistics are trained each process has its own: make them the mean."""
-    if PROCESSES > 1 and student.trains_statistics:
-        for name, value in student.named_buffers():
-            if "running" in name:
-                torch.distributed.all_reduce(value)
-                value /= PROCESSES
-
 FREE_TO_CHANGE = ("workers", "resume", "data", "out")  # when resuming
 
 def state_file(config):
@@ -1355,197 +1571,6 @@ def read_state(student, optimizer, settings, config):
         load_tuned(student, saved["tuned"])
         optimizer.load_state_dict(saved["optimizer"])
         return saved["step"]
-
-# --- A run: data, the original, and what is tuned -------------------------------------------------
-
-def training_images(config):
-    """([(path, label)], class names) of --data; raises Refusal where the folder is wrong."""
-    folder = Path(config.data)
-    train_folder = folder / "train"  # or a class of this name, without folders in it
-    has_folders = train_folder.is_dir() and any(path.is_dir() for path in train_folder.iterdir())
-    if has_folders or (train_folder.is_dir() and (folder / "val").is_dir()):
-        folder = train_folder
-    samples, class_names = image_folder(folder)
-    if len(class_names) < 2:
-        raise Refusal(f"{folder}: holds one class folder, {class_names[0]}; give the folder that "
-                      "holds all")
-    if config.limit:
-        drawn = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
-        samples = [samples[i] for i in sorted(drawn)]
-    return samples, class_names
-
-def check_classes(what, names, expected):
-    """Raises Refusal where `names` are not the classes of --data."""
-    if list(names) != list(expected):
-        raise Refusal(f"{what} has {len(names)} classes ({', '.join(names[:3])} ...), --data has "
-                      f"{len(expected)} ({', '.join(expected[:3])} ...): they must agree")
-
-def load_teacher(config, class_names):
-    """The robust teacher, frozen; raises Refusal where its classes are not those of --data."""
-    teacher = load_network(config.teacher)
-    outputs = 0 if teacher.classifier is None else len(teacher.classifier.weight)
-    if teacher.class_names is not None:
-        check_classes(f"--teacher {config.teacher}", teacher.class_names, class_names)
-    elif outputs != len(class_names):
-        raise Refusal(f"--teacher {config.teacher}: has {outputs} outputs, --data has "
-                      f"{len(class_names)} classes; see --make-teacher")
-    elif RANK == 0:
-        print(f"teacher   {config.teacher} names no classes: taken in the order of the folders")
-    return teacher.to(config.device).requires_grad_(False)
-
-def give_classifier(network, names, config):
-    """Gives `network` a classifier for the classes of --data; returns whether VE must begin with a
-    linear probe (Sec. 5). Raises Refusal.
-
-    Its own classifier stays where it is known to be of these classes. Otherwise the text embeddings
-    are one, where there are any: ZS takes them as they are, the probe starts from them.
-    """
-    if config.zero_shot and network.text_embeddings is None:
-        raise Refusal(f"--zero-shot: {config.student} has no text encoder")
-    if network.classifier is not None and network.class_names == names:
-        return False
-    network.class_names = names
-    if network.text_embeddings is not None:
-        weight, scale = network.text_embeddings(names, device=config.device)
-        network.classifier = CosineClassifier(weight, scale, trained=not config.zero_shot)
-    else:
-        with torch.no_grad(), own_randomness(config.seed, 1):  # not as its other weights
-            features = network.features(torch.zeros(1, 3, network.size, network.size))
-            network.classifier = nn.Linear(features.shape[1], len(names))
-    return not config.zero_shot and not network.is_random  # random features are worth no probe
-
-def probe(network, samples, config):
-    """Fits the classifier to the training images: LP of Sec. 5, here the original M to start from.
-    That a teacher begins with it too is not in the paper: it keeps what it knew."""
-    linear_probe(*all_features(network, samples, config), network.classifier)
-    if PROCESSES > 1:
-        for p in network.classifier.parameters():
-            torch.distributed.broadcast(p.data, src=0)
-
-@torch.no_grad()
-def all_features(network, samples, config):
-    """(features (n, D), labels (n,)) of centre crops; processes share the work, all get all."""
-    features = []
-    labels = []
-    for pixels, y in centre_batches(samples, network.size, config, "features"):
-        with autocast(config.device):
-            features.append(network.features(pixels).float().cpu())
-        labels.append(y.cpu())
-    shares = [(torch.cat(features), torch.cat(labels))]
-    if PROCESSES > 1:
-        mine = shares[0]
-        shares = [None] * PROCESSES
-        torch.distributed.all_gather_object(shares, mine)
-    features = torch.cat([share[0] for share in shares]).to(config.device)
-    return features, torch.cat([share[1] for share in shares]).to(config.device)
-
-def linear_probe(features, labels, classifier, weight_decay=1e-4):
-    """Fits `classifier` in place to features (n, D) and labels (n,) by L-BFGS: mean cross-entropy,
-    for an nn.Linear + weight_decay * squared norm of the weight. A CosineClassifier divides its
-    norm out: decay would only shrink it."""
-    linear = isinstance(classifier, nn.Linear)
-    if linear:
-        for p in classifier.parameters():
-            nn.init.zeros_(p)
-    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=1000,
-                                  line_search_fn="strong_wolfe")
-
-    def objective():
-        optimizer.zero_grad()
-        total = torch.zeros((), device=features.device)
-        if linear:
-            total = weight_decay * classifier.weight.square().sum()
-            total.backward()
-        for x, y in zip(features.split(8192), labels.split(8192)):
-            loss = F.cross_entropy(classifier(x), y, reduction="sum") / len(labels)
-            loss.backward()
-            total = total + loss.detach()
-        return total
-
-    optimizer.step(objective)
-    if not linear:
-        classifier.renormalise()
-
-def announce(name, network, views, has_probe, config):
-    """Print what is about to happen, in one block."""
-    stages = ["pixels", "stem", *(f"block {i + 1}" for i in range(len(network.blocks))), "pool"]
-
-    def span(start, end):
-        if start >= end:
-            return "nothing"
-        return stages[start] if end == start + 1 else f"{stages[start]} to {stages[end - 1]}"
-
-    cut, head_start = find_cut(network, config)
-    recipe = RECIPES[config.recipe]
-    one = tuned_share(network, cut)
-    head = tuned_share(network, head_start)
-    per_process, per_epoch = count_steps(len(views), config)
-    print(f"network   {name}: {count_parameters(network) / 1e6:.2f} M parameters, "
-          f"{network.size} px; frozen {span(0, cut)}; shared {span(cut, head_start)}; in each head "
-          f"{span(head_start, len(stages))}, classifier")
-    print(f"tuned     {config.recipe}: {one:.1%} of the parameters, with all heads "
-          f"{one + (len(recipe.heads) - 1) * head:.1%}")
-    if recipe.cut == "part" and abs(one - config.fraction) > 0.25 * config.fraction:
-        print(f"          not --fraction {config.fraction:.1%}: one head has {head:.1%}, and only "
-              "whole blocks can be shared (--head-blocks 0: none in a head)")
-    teachers = {"original": "the original", "robust": config.teacher, "nobody": "labels alone"}
-    print(f"heads     {', '.join(recipe.heads)}; clean examples are taught by "
-          f"{teachers[recipe.clean_teacher]}, augmented by {teachers[recipe.augmented_teacher]}")
-    print(f"images    {len(views)} of {len(network.class_names)} classes, augmented by "
-          f"{views.augment}")
-    if has_probe:
-        print("probe     first a classifier for these classes; the network with it is the original")
-    print(f"training  {config.epochs} epochs, {config.epochs * per_epoch} steps of "
-          f"{per_process * PROCESSES} images, AdamW, lr {config.lr:g}, on {config.device}; writes "
-          f"{config.out}", flush=True)
-
-def train(config):
-    """Sec. 4.3: cut the student, plug in its heads, tune them on D^a, write the plug-in. With
-    --make-teacher, Sec. 4.2: the recipe ft-augmented, plus Jensen-Shannon with --jsd, and a whole
-    network is written. Raises Refusal."""
-    name = config.make_teacher or config.student
-    if config.make_teacher:
-        config = replace(config, recipe="ft-augmented")
-    recipe = RECIPES[config.recipe]
-    needs_teacher = "robust" in (recipe.clean_teacher, recipe.augmented_teacher)
-    if needs_teacher and not config.teacher:
-        raise Refusal(f"--recipe {config.recipe} needs --teacher FILE.pt; see --make-teacher")
-    if config.zero_shot and (config.make_teacher or config.recipe == "lp"):
-        raise Refusal("--zero-shot keeps the classifier: not with --make-teacher or --recipe lp")
-    if config.augment == "none" and "unclean" in recipe.heads:
-        raise Refusal("--augment none: the unclean head would have nothing to learn from")
-    if config.dropout == 0 and config.rule in ("kl-u", "u") and "unclean" in recipe.heads:
-        raise Refusal(f"--dropout 0: leaves no uncertainty for --rule {config.rule} to compare")
-    resumes = can_resume(config)
-    samples, class_names = training_images(config)
-    teacher = load_teacher(config, class_names) if needs_teacher else None
-    count_steps(len(samples), config)  # refuses before the long work
-    network = load_network(name, config.pretrained, config.image_size, config.model_args,
-                           config.seed)
-    has_probe = give_classifier(network, class_names, config) and not resumes
-    augment = "none" if recipe.views == "clean" else config.augment
-    triples = bool(config.make_teacher) and config.jsd > 0 and augment != "none"
-    kind = AugMixTriples if triples else TrainingViews
-    views = kind(samples, network.size, augment, config)
-    if RANK == 0:
-        announce(name, network, views, has_probe, config)
-    network.to(config.device)
-    if has_probe:
-        probe(network, samples, config)
-    student = assemble(network, config)
-
-    def loss_of(pixels, labels, is_clean):
-        if triples:
-            return teacher_loss(student, config.jsd, pixels, labels)
-        return student_loss(student, teacher, pixels, labels, is_clean)
-
-    def write():
-        if config.make_teacher:
-            save_teacher(student, network, config.out)
-        else:
-            save(student, config.out)
-
-    fit(student, loss_of, views, config, write)
 
 # --- The demo: the whole method on drawn shapes, with no download ---------------------------------
 
@@ -1684,8 +1709,10 @@ def run(arguments):
     join_processes(config.device)
     if not arguments:
         demo()
-    elif config.make_teacher and (config.student or config.teacher):
-        raise Refusal("--make-teacher: trains that network alone; give no --student or --teacher")
+    elif config.make_teacher and (config.student or config.teacher
+                                  or config.recipe != Config.recipe):
+        raise Refusal("--make-teacher: trains that network alone, whole; give no --student, "
+                      "--teacher or --recipe")
     elif config.make_teacher or config.student:
         train(config)
     else:

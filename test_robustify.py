@@ -748,6 +748,10 @@ def test_images_of_odd_modes_are_read(tmp_path):
         image.save(tmp_path / "deep.png", exif=turned)
         assert torch.equal(rb.read_image(tmp_path / "deep.png"), torch.full((3, height, width), 60))
         assert views_of([(tmp_path / "deep.png", 0)])[0, 0][0].shape == (3, 32, 32)
+    for kind in (np.int32, np.float32):  # of unknown range
+        Image.fromarray(np.full((8, 8), 60, kind)).save(tmp_path / "deep.tiff")
+        with pytest.raises(rb.Refusal, match="deep.tiff"):
+            rb.read_image(tmp_path / "deep.tiff")
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_images_are_refused_by_name(workers, trained, tmp_path, capfd):
@@ -785,6 +789,8 @@ def test_another_network_is_refused(part, name, tmp_path):
     changed[part].state_dict()[name][0] += 1e-3
     with pytest.raises(rb.Refusal, match="fingerprint"):
         rb.load(tmp_path / "robust.pt", **changed)
+    with pytest.raises(rb.Refusal, match="together"):
+        rb.load(tmp_path / "robust.pt", changed["backbone"])
 
 class Evil(str):
     """Unpickling it makes the folder of this name."""
@@ -933,7 +939,9 @@ def test_seed_and_rank_reach_dropout(samples, monkeypatch, tmp_path):
         monkeypatch.setattr(rb, "RANK", rank)
         config = rb.Config(seed=seed, out=tmp_path / "out", batch_size=4, epochs=1, device="cpu",
                            workers=0)
-        rb.fit(make_student(), None, rb.TrainingViews(samples, 32, "none", config), config, int)
+        student = make_student()
+        rb.fit(student, None, rb.TrainingViews(samples, 32, "none", config), config, int)
+        assert not student.training
     assert seeds[:3] == seeds[9:]
     assert len(set(seeds)) == 9  # three steps each
 
@@ -1843,10 +1851,12 @@ NEW_VIT = ["--student=deit_tiny_patch16_224", "--pretrained=none"]
     (["--student=my_net"], "my_net"), (["--student=swin_t", "--pretrained=none"], "Swin"),
     (["--student=resnet18", "--pretrained=tag"], "tag"), (["--image-size=64"], "--image-size"),
     (["--student=resnet18:@/long/training/bee/0.png"], "0.png"), (["--wings"], "--wings"),
+    (["--student=resnet18:@/w.pth", "--pretrained=tag"], "own weights"), (["--jsd=12"], "--jsd"),
     (["--model-args={wings"], "--model-args"), ([*NEW_VIT, '--model-args={"wings": 2}'], "wings"),
     (["--recipe=ours"], "three-heads"), (["--epochs=0"], "--epochs"), (["--lr=nan"], "--lr"),
     (["--zero-shot"], "text"), (["--augment=none"], "--augment"), (["--device=cuda"], "cuda"),
     (["--make-teacher=resnet18"], "no --student"), (["--out=@"], "--out"),
+    (["--student=", "--teacher=", "--make-teacher=resnet18", "--recipe=lp"], "or --recipe"),
     (["--student=", "--teacher=", "--zero-shot", "--make-teacher=resnet18"], "classifier")])
 def test_refusals_are_one_line(flags, part, trained, tmp_path, capsys):
     (tmp_path / "hollow/train/cow").mkdir(parents=True)  # a class without images
