@@ -28,8 +28,8 @@ A folder is recognised by its layout, and its classes are looked up among a mode
 
 (a) A library's network with 1000 outputs. (b) CLIP without a classifier, or a plug-in of
 --zero-shot; (c) a plug-in its own classes where it has them; wnids that are not ImageNet's are
-refused, for they are no words. (d) As they are where its own names are numbers. One class alone is
-refused.
+refused, for they are no words. (d) As they are where its own names are numbers. Outputs without
+names are taken in the order of the folders, where there are as many. One class alone is refused.
 
 Small squares (CIFAR) are seen whole, published corruptions as they are, other images after Resize
 256, CenterCrop 224, or likewise for the model's input size. Corruptions are made here at 224 px, or
@@ -50,6 +50,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -74,10 +75,10 @@ from tqdm import tqdm
 
 import robustify
 from robustify import (HEADS, PROCESSES, RANK, RECIPES, ClassTokenBlock, Config, Refusal,
-                       assemble, autocast, batches, centre_crop, count_parameters, dropout_masks,
-                       fingerprint, image_folder, interpolated, join_processes, linear_probe, load,
-                       load_network, load_original, read_checkpoint, read_image, refuse,
-                       replace_file, set_classes, student_loss)
+                       assemble, autocast, batches, beside, centre_crop, count_parameters,
+                       dropout_masks, fingerprint, image_folder, interpolated, join_processes,
+                       linear_probe, load, load_network, load_original, read_checkpoint,
+                       read_image, refuse, replace_file, set_classes, student_loss)
 
 IMAGENET = timm.data.ImageNetInfo().label_names()  # wnids, in the order of the outputs
 ALEXNET = {  # top-1 error of AlexNet on ImageNet-C [11], for mCE
@@ -161,7 +162,8 @@ def judge(groups, images, labels, args):
                     best = p.argmax(-1, keepdim=True)
                     right[column.name, "of all"] = (column.outputs[labels] == best).any(-1)
                     if column.kind != "original":
-                        answers.append(of_class)
+                        total = of_class.sum(-1, keepdim=True).clamp_min(1e-12)
+                        answers.append(of_class / total)    # probabilities among these classes
             if head is not None:
                 oracle = right[column.name, "clean"] | right[column.name, "unclean"]
                 right[column.name, "oracle"] = oracle
@@ -380,6 +382,8 @@ def class_outputs(folder, column):
     if len(folder.classes) == 1:
         raise Refusal(f"{folder.name}: one class ({folder.classes[0]}); there is nothing to decide")
     own = column.classes or []
+    if names_none(column, folder):
+        own = folder.classes
     numbered = all(name.isdecimal() for name in folder.classes)
     wanted = {name: [name] for name in folder.classes}
     if folder.wnids:
@@ -400,6 +404,10 @@ def class_outputs(folder, column):
                       f"{column.name}, which knows {column.count} ({shortened(own)}), lacks "
                       f"{len(unknown)} ({shortened(unknown)})")
     return names, [[place[name] for name in wanted[label]] for label in folder.classes]
+
+def names_none(column, folder):
+    """Whether a network does not name its outputs, but has as many as the folder has classes."""
+    return column.classes is None and column.count == len(folder.classes)
 
 def new_classes(names, folder):
     """What a zero-shot model decides among: ImageNet's 1000, or these names; raises Refusal."""
@@ -442,10 +450,13 @@ def load_columns(args):
     for path, name in zip(args.model, short_names("--model", args.model)):
         is_file = path.endswith(".pt") and ":" not in path
         if not is_file or read_checkpoint(path, "any")["format"] != "robustify plug-in":
-            columns.append(plain_column(path, name, args, "" if is_file else args.pretrained))
+            pretrained = "" if is_file or ":" in path else args.pretrained  # a file has its own
+            columns.append(plain_column(path, name, args, pretrained))
             continue
         student = load(path).to(args.device)
-        teacher = student.config.teacher
+        if Path(f"{path}.state").is_file() and RANK == 0:
+            print(f"{path}: its training did not end; {path}.state is there")
+        teacher = beside(path, student.config.teacher)
         if args.cost and teacher.endswith(".pt") and not Path(teacher).is_file():
             raise Refusal(f"--cost: needs {teacher}, the teacher of {path}")
         network = nn.Sequential(*student.backbone, *student.original[0], *student.original[1])
@@ -828,7 +839,7 @@ def transfer_sets(path):
         raise Refusal(f"--transfer {path}: needs train/ and val/ with the same classes")
     return train, test, classes
 
-def transfer(path, columns, args):
+def transfer(path, name, columns, args):
     """Linear probes fitted on path/train and tested on val/ (or test/): prints their accuracy, and
     of a plug-in the difference that tuning made."""
     train, test, classes = transfer_sets(path)
@@ -839,16 +850,16 @@ def transfer(path, columns, args):
         known, labels = features_of(train, column, args)
         unseen, truth = features_of(test, column, args)
         before = None
-        for name in known:
-            answers = probe_answers(known[name], labels, unseen[name], len(classes))
+        for place in known:
+            answers = probe_answers(known[place], labels, unseen[place], len(classes))
             right = (answers == truth).float().cpu().numpy()
-            row = [f"{column.name}, {name}", right.mean(), "-"]
+            row = [f"{column.name}, {place}", right.mean(), "-"]
             if before is not None:
                 row[2] = with_error(right - before)
-            elif name == "original":
+            elif place == "original":
                 before = right
             rows.append(row)
-    show(args, [f"linear probe, {Path(path).name}", "accuracy", "minus original"], rows)
+    show(args, [f"linear probe, {name}", "accuracy", "minus original"], rows)
 
 # --- Cost -----------------------------------------------------------------------------------------
 
@@ -916,7 +927,7 @@ def cost(path, config, args):
     network = load_original(path).to(args.device)
     teacher = None
     if config.teacher:
-        teacher = load_network(config.teacher).to(args.device)
+        teacher = load_network(beside(path, config.teacher)).to(args.device)
     n = 64 if args.device == "cuda" else 4
     pixels = torch.rand(n, 3, network.size, network.size, device=args.device)
     tasks = {"library's forward pass": functools.partial(forward_pass, network, pixels, True)}
@@ -1344,7 +1355,8 @@ DEMO = ("speckle_noise", "gaussian_blur", "saturate", "impulse_noise", "defocus_
 def parse(arguments):
     """The settings; raises Refusal."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.error = refuse
     add = parser.add_argument
     add("--data", nargs="+", default=[], help="folders of test images")
@@ -1405,8 +1417,8 @@ def check(args):
         check_frost(args.frost)
     for file in filter(None, (args.json, args.plot)):
         path = Path(file).absolute()
-        if not path.parent.is_dir() or (path.exists() and not path.is_file()):
-            raise Refusal(f"{file}: not a file in a folder that is there")
+        if not os.access(path.parent, os.W_OK) or (path.exists() and not path.is_file()):
+            raise Refusal(f"{file}: not a file in a folder that can be written")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise Refusal("--plot: a file that ends in .png, .pdf or .svg")
 
@@ -1425,6 +1437,7 @@ def run(arguments):
         raise Refusal("--plot: needs matplotlib; pip install matplotlib")
     for path in args.transfer:
         transfer_sets(path)
+    short_names("--transfer", args.transfer)  # refuses a folder that is given twice
     columns = load_columns(args)
     for folder, column in itertools.product(folders, columns):
         class_outputs(folder, column)
@@ -1447,8 +1460,8 @@ def evaluate(folders, columns, args):
                 cost(path, config, args)
         for folder in folders:
             measure_and_report(folder, folders, columns, args)
-        for path in args.transfer:
-            transfer(path, columns, args)
+        for path, name in zip(args.transfer, short_names("--transfer", args.transfer)):
+            transfer(path, name, columns, args)
         partial = False
     finally:
         if partial and args.tables:
@@ -1469,6 +1482,9 @@ def measure_and_report(folder, folders, columns, args):
         print("corruptions made here" + ", then JPEG of quality 85" * args.jpeg)
     if made and set(folder.averaged) == set(FIFTEEN) - {"frost"}:
         print("no frost photos (--frost): fourteen corruptions, no mCE")
+    for column in columns:
+        if names_none(column, folder):
+            print(f"{column.name} names no classes: taken in the order of the folders")
     if folder.missing:
         print("missing:", ", ".join(f"{name} {severity}" for name, severity in folder.missing))
     try:
@@ -1480,10 +1496,7 @@ def measure_and_report(folder, folders, columns, args):
 
 def main(arguments=None):
     """The command line; returns the exit code."""
-    try:
-        return robustify.main(arguments, run)
-    except KeyboardInterrupt:
-        return 130
+    return robustify.main(arguments, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -435,7 +435,7 @@ def read_image(path):
             raise ValueError("32 bits of grey, of unknown range")
         return v2.functional.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # a broken file may raise anything
-        raise Refusal(f"{path}: cannot be read ({error}); mend it or remove it") from error
+        raise Refusal(f"{path}: cannot be read ({error}); mend or replace it") from error
 
 @contextlib.contextmanager
 def own_randomness(*numbers):
@@ -646,6 +646,8 @@ def fit(student, loss_of, views, config, write):
         torch.distributed.barrier()  # all have read the state before one replaces it
     per_process, per_epoch = count_steps(len(views), config)
     steps = config.epochs * per_epoch
+    if config.resume and RANK == 0:
+        print(f"resume    after step {first_step} of {steps}")
     keys = training_keys(len(views), config, first_step)
     loader = batches(views, keys, per_process, config.workers)
     waited = 0.0
@@ -799,6 +801,9 @@ def training_images(config):
     if config.limit:
         drawn = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
         samples = [samples[i] for i in sorted(drawn)]
+        if len({label for _, label in samples}) < len(class_names):
+            raise Refusal(f"--limit {config.limit}: leaves some of {len(class_names)} classes "
+                          "without an image")
     return samples, class_names
 
 def check_classes(what, names, expected):
@@ -810,26 +815,32 @@ def check_classes(what, names, expected):
 def load_teacher(config, class_names):
     """The robust teacher, frozen; raises Refusal where its classes are not those of --data."""
     teacher = load_network(config.teacher)
-    outputs = 0 if teacher.classifier is None else len(teacher.classifier.weight)
-    if teacher.class_names is not None:
-        check_classes(f"--teacher {config.teacher}", teacher.class_names, class_names)
-    elif outputs != len(class_names):
-        raise Refusal(f"--teacher {config.teacher}: has {outputs} outputs, --data has "
-                      f"{len(class_names)} classes; see --make-teacher")
-    elif RANK == 0:
-        print(f"teacher   {config.teacher} names no classes: taken in the order of the folders")
+    if not name_outputs(teacher, config.teacher, class_names):
+        raise Refusal(f"--teacher {config.teacher}: has not the {len(class_names)} outputs that "
+                      "--data wants; see --make-teacher")
+    check_classes(f"--teacher {config.teacher}", teacher.class_names, class_names)
     return teacher.to(config.device).requires_grad_(False)
+
+def name_outputs(network, name, class_names):
+    """Whether it is known what `network`, of that name, has been trained to tell apart. Where it
+    does not say, but has as many outputs as --data has classes, they are taken to be these."""
+    if network.class_names is None and network.classifier is not None and not network.is_random:
+        if len(network.classifier.weight) == len(class_names):
+            network.class_names = list(class_names)
+            if RANK == 0:
+                print(f"classes   {name} names none: taken in the order of the folders")
+    return network.class_names is not None
 
 def give_classifier(network, names, config):
     """Gives `network` a classifier for the classes of --data; returns whether visual evaluation
     (VE) must begin with a linear probe (Sec. 5). Raises Refusal.
 
-    Its own classifier stays where it is known to be of these classes. Otherwise the text embeddings
+    Its own classifier stays where it is one of these classes. Otherwise the text embeddings
     are one, where there are any: ZS takes them as they are, the probe starts from them.
     """
     if config.zero_shot and network.text_embeddings is None:
         raise Refusal(f"--zero-shot: {config.student} has no text encoder")
-    if network.classifier is not None and network.class_names == names:
+    if name_outputs(network, config.student, names) and network.class_names == names:
         return False
     network.class_names = names
     if network.text_embeddings is not None:
@@ -1229,6 +1240,8 @@ def build_timm(name, tag, weights, image_size, model_args):
         model_args["img_size"] = image_size
     if tag not in ("", "none"):
         name = f"{name}.{tag}"
+    if weights is not None:
+        model_args.setdefault("num_classes", 0)  # a file without classifier (MAE and the like)
     net = timm.create_model(name, pretrained=tag != "none", **model_args)
     if weights is not None:
         net.load_state_dict(weights)
@@ -1320,11 +1333,15 @@ def read_tensors(path):
     except PermissionError:
         raise
     except FileNotFoundError as error:
-        raise Refusal(f"{path}: no such file; robustify.py makes a teacher with --make-teacher "
-                      f"NAME --out {path}, a plug-in with --student NAME --out {path}") from error
+        way_out = ""
+        if str(path).endswith(".pt"):
+            way_out = (f"; robustify.py makes a teacher with --make-teacher NAME --out {path}, "
+                       f"a plug-in with --student NAME --out {path}")
+        raise Refusal(f"{path}: no such file{way_out}") from error
     except Exception as error:  # a broken file may raise anything
         raise Refusal(f"{path}: not a readable checkpoint (truncated, of another format, or with "
-                      "code in it); make or download it again") from error
+                      "code in it); make or download it again, or save its state_dict() "
+                      "alone") from error
 
 def read_checkpoint(path, kind):
     """The content of a file of robustify.py; kind: "plug-in", "network", "state" or "any" of them.
@@ -1448,8 +1465,9 @@ def load(path, backbone=None, shared=None, head=None, class_names=None, alpha=1.
             raise Refusal(f"{path}: give backbone, shared and head together, or none of them")
         found = fingerprint(student.backbone, student.original)
         if found != saved["fingerprint"]:
+            name = student.source["name"] if student.source else "this one"
             raise Refusal(f"{path}: tuned on a network with fingerprint "
-                          f"{saved['fingerprint'][:16]}, this one has {found[:16]}; load the "
+                          f"{saved['fingerprint'][:16]}, {name} has {found[:16]}; load the "
                           "weights that it was tuned on")
         load_tuned(student, saved["tuned"])
         student.class_names = saved["class_names"]
@@ -1474,24 +1492,28 @@ def interpolated(student, alpha):
                 value.lerp_(tuned[name], alpha)
     return mixed.eval()
 
+def beside(path, name):
+    """`name`, which may be or end with a file. Where one of its name lies beside the plug-in at
+    `path`, that one is meant: both may have been moved."""
+    family, colon, file = name.rpartition(":")
+    candidate = Path(path).parent / Path(file).name
+    if Path(file).suffix and candidate.is_file():
+        return f"{family}{colon}{candidate}"
+    return name
+
 def load_original(path):
     """The whole Network M that the plug-in at `path` was tuned from; raises Refusal."""
     return original_network(path, read_checkpoint(path, "plug-in"))
 
 def original_network(path, saved):
-    """As load_original, of the content of the file. Where the network's own file is not in its
-    place, one of its name beside the plug-in serves; load compares fingerprints."""
+    """As load_original, of the content of the file; load compares fingerprints."""
     with refusing_damage(path):
         source = saved["source"]
         if not source:
             raise Refusal(f"{path}: tuned on modules of your own; give backbone, shared and head")
-        for key in ("name", "pretrained"):
-            family, colon, file = source.get(key, "").rpartition(":")
-            beside = Path(path).parent / Path(file).name
-            if Path(file).suffix and beside.is_file() and not Path(file).is_file():
-                source = {**source, key: f"{family}{colon}{beside}"}
+        moved = {key: beside(path, source[key]) for key in ("name", "pretrained") if key in source}
         try:
-            network = load_network(**source)
+            network = load_network(**{**source, **moved})
         except Refusal as error:
             raise Refusal(f"{path}: needs the network that it was tuned on, where it was or beside "
                           f"it: {error}") from error
@@ -1524,7 +1546,7 @@ def read_network(path):
     network.source = {"name": path}
     return network
 
-FREE_TO_CHANGE = ("workers", "resume", "data", "out")  # when resuming
+FREE_TO_CHANGE = ("workers", "resume", "save_every", "data", "out", "student", "teacher")
 
 def state_file(config):
     """Where an interrupted run leaves what --resume goes on from."""
@@ -1542,11 +1564,14 @@ def can_resume(config):
     return has_state
 
 def settings_of(student, images, config):
-    """What must be the same when a run goes on, and FREE_TO_CHANGE; hashed once a run."""
-    teacher = Path(config.teacher.rpartition(":")[2])
-    teacher_digest = hashlib.sha256(teacher.read_bytes()).hexdigest() if teacher.is_file() else ""
+    """What must be the same when a run goes on, and FREE_TO_CHANGE: the files of student and
+    teacher may have moved, but not changed."""
+    teacher = config.teacher
+    file = Path(teacher.rpartition(":")[2])
+    if file.is_file():
+        teacher = hashlib.sha256(file.read_bytes()).hexdigest()
     return {**asdict(config), "processes": PROCESSES, "images": images,
-            "classes": student.class_names, "content of the teacher": teacher_digest,
+            "classes": student.class_names, "content of the teacher": teacher,
             "frozen backbone": fingerprint(student.backbone)}
 
 def write_state(student, optimizer, step, settings, config):
@@ -1637,6 +1662,13 @@ def refuse(message):
     """Raises Refusal: what argparse shall do with an error."""
     raise Refusal(message)
 
+def model_args_of(text):
+    """The value of --model-args; raises Refusal."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Refusal(f"--model-args {text}: must be JSON, such as {{\"depth\": 6}}") from error
+
 def parse(arguments):
     """Config of the command line; raises Refusal."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -1646,7 +1678,7 @@ def parse(arguments):
         if field.type is bool:
             parser.add_argument(flag, action="store_true")
         elif field.type is dict:
-            parser.add_argument(flag, type=json.loads)
+            parser.add_argument(flag, type=model_args_of)
         else:
             parser.add_argument(flag, type=type(field.default), default=field.default)
     config = Config(**vars(parser.parse_args(arguments)))
@@ -1719,7 +1751,8 @@ def run(arguments):
         raise Refusal("give --student or --make-teacher, or no argument at all for the demo")
 
 def main(arguments=None, run=run):
-    """run(command line) -> exit code: 2, after one line on stderr, for a Refusal or OSError."""
+    """run(command line) -> exit code: 2, after one line on stderr, for a Refusal or OSError; 130
+    for Ctrl-C. eval.py has its own `run`."""
     logging.disable(logging.ERROR)  # open_clip logs what a Refusal says
     try:
         run(sys.argv[1:] if arguments is None else arguments)
@@ -1727,6 +1760,9 @@ def main(arguments=None, run=run):
         program = Path(run.__code__.co_filename).name
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     return 0
 
 if __name__ == "__main__":

@@ -565,7 +565,7 @@ def test_quick_gelu_follows_the_tag(monkeypatch):
 
 @pytest.mark.parametrize("known, names, is_kept", [
     (list("abcd"), list("abcd"), True), (list("abcd"), list("badc"), False),
-    (None, list("abcd"), False), (WNIDS, WNIDS, True)])
+    (None, list("abcd"), True), (None, list("abc"), False), (WNIDS, WNIDS, True)])
 def test_classifier_is_kept_for_its_own_classes_alone(known, names, is_kept, tmp_path):
     network = make_network()
     network.class_names = known
@@ -603,6 +603,11 @@ def test_a_plain_state_dict_is_taken(tmp_path):
     x = images_of(2, 224)
     normalised = v2.functional.normalize(x, rb.IMAGENET_MEAN, rb.IMAGENET_STD)
     assert torch.allclose(teacher(x), net(normalised), atol=1e-4)
+    headless = {name: value for name, value in net.state_dict().items() if "fc" not in name}
+    torch.save(headless, tmp_path / "headless.pth")
+    network = rb.load_network(f"resnet18:{tmp_path}/headless.pth")
+    assert network.classifier is None
+    assert torch.allclose(network.features(x), teacher.features(x))
 
 def test_size_of_a_vit_follows_its_arguments():
     for flags in ({"image_size": 48}, {"model_args": {"img_size": 48}}):
@@ -823,14 +828,18 @@ def mutate(trained, kind, keys, value, path):
     return rb.load(path) if kind == "plug-in" else rb.load_network(str(path))
 
 def test_a_plug_in_finds_its_network_beside_it(trained, tmp_path):
-    """Where both were moved; without it the refusal names both files."""
+    """Where both were moved, whatever lies in its old place now; without it the refusal names both
+    files."""
     (tmp_path / "first").mkdir()
     student = shutil.copy(trained / "student.pt", tmp_path / "first")
     out = tmp_path / "first/robust.pt"
     assert rb.main(robustify(trained, out, "--student", student)) == 0
     expected = rb.load(out)(images_of(2))
     (tmp_path / "first").rename(tmp_path / "second")
+    (tmp_path / "first").mkdir()
+    shutil.copy(trained / "teacher.pt", tmp_path / "first/student.pt")
     assert torch.equal(rb.load(tmp_path / "second/robust.pt")(images_of(2)), expected)
+    (tmp_path / "first/student.pt").unlink()
     (tmp_path / "second/student.pt").unlink()
     with pytest.raises(rb.Refusal, match="second/robust.pt: .*first/student.pt: no such file"):
         rb.load(tmp_path / "second/robust.pt")
@@ -1044,7 +1053,11 @@ def test_killed_three_times_it_ends_with_the_same_weights(trained, tmp_path, cap
     assert 3 <= rb.read_checkpoint(state, "state")["step"] < 9
     assert rb.main([*arguments, "--temperature=3"]) == 2
     assert "temperature was 2.0 and is now 3.0" in capsys.readouterr().err
-    assert rb.main(arguments) == 0
+    for name in ("student", "teacher"):  # that a file has moved does not matter
+        moved = shutil.copy(trained / f"{name}.pt", tmp_path / f"moved_{name}.pt")
+        arguments.append(f"--{name}={moved}")
+    assert rb.main([*arguments, "--save-every=2"]) == 0
+    assert "resume    after step " in capsys.readouterr().out
     assert not state.exists()
     tuned = rb.read_checkpoint(out, "plug-in")["tuned"]
     assert states_equal(tuned, rb.read_checkpoint(tmp_path / "whole.pt", "plug-in")["tuned"])
@@ -1317,6 +1330,7 @@ MODELS = {
     "names": partial(Reader, ["bee", "ant"]),
     "numbers": partial(Reader, ["0", "1", "10", "2", "3"]),
     "other 1000": partial(Reader, ["ant", "bee"] * 500),
+    "unnamed": partial(Reader, ["ant", "bee"], known=False),
     "clip": partial(Reader, [], reads_text=True),
     "zero-shot": partial(zero_shot_plug_in, ["ant", "bee", "cow"])}
 
@@ -1412,7 +1426,8 @@ GRID = {  # (accuracy, of all outputs), or a word of the refusal
     ("numbers", "zero-shot"): (TWO, ONE),
     ("names", "imagenet"): "lacks", ("names", "wnids"): "lacks", ("names", "names"): (TWO, TWO),
     ("names", "numbers"): "lacks", ("names", "clip"): (TWO, TWO),
-    ("names", "zero-shot"): (TWO, TWO),
+    ("names", "zero-shot"): (TWO, TWO), ("names", "unnamed"): (TWO, TWO),
+    ("wnids", "unnamed"): "lacks",
     ("objectnet", "imagenet"): (0.8, 0.4), ("objectnet", "wnids"): (0.8, 0.4),
     ("objectnet", "names"): "lacks", ("objectnet", "other 1000"): "lacks",
     ("objectnet", "clip"): (0.8, 0.4), ("objectnet", "zero-shot"): (0.8, 0.4),
@@ -1808,6 +1823,18 @@ def test_plot(plug_ins, tmp_path):
     run(tmp_path, "--data", plug_ins / "data", "--model", plug_ins / "three.pt", *flags)
     assert min(Image.open(tmp_path / "plot.png").size) > 300
 
+def test_average_is_among_the_classes_of_the_folder():
+    """A network with other outputs too has as much weight as one with these alone."""
+    groups = []
+    for p in ([0.08, 0.02, 0.9], [0.4, 0.6]):
+        model = Mock(size=32, return_value=torch.tensor([p]).log())
+        column = ev.Column(f"{len(p)} outputs", "network", model, None)
+        column.outputs = torch.tensor([[0], [1]])
+        groups.append([column])
+    images = {32: torch.zeros(1, 3, 32, 32)}
+    right = ev.judge(groups, images, torch.tensor([0]), Mock(device="cpu", average=True))
+    assert right["average", "answer"].tolist() == [True]
+
 @torch.no_grad()
 def test_clip_columns(plug_ins, tmp_path):
     """Bare CLIP, a plug-in of --zero-shot and its original, on its classes and on new ones."""
@@ -1854,6 +1881,7 @@ NEW_VIT = ["--student=deit_tiny_patch16_224", "--pretrained=none"]
     (["--student=resnet18:@/w.pth", "--pretrained=tag"], "own weights"), (["--jsd=12"], "--jsd"),
     (["--model-args={wings"], "--model-args"), ([*NEW_VIT, '--model-args={"wings": 2}'], "wings"),
     (["--recipe=ours"], "three-heads"), (["--epochs=0"], "--epochs"), (["--lr=nan"], "--lr"),
+    (["--limit=1"], "--limit"),
     (["--zero-shot"], "text"), (["--augment=none"], "--augment"), (["--device=cuda"], "cuda"),
     (["--make-teacher=resnet18"], "no --student"), (["--out=@"], "--out"),
     (["--student=", "--teacher=", "--make-teacher=resnet18", "--recipe=lp"], "or --recipe"),
