@@ -453,8 +453,9 @@ def own_randomness(*numbers):
 
 def noise2net(image):
     """DeepAugment's form without weights [10]: y + eps f(y), four times, of one image (3, H, W) in
-    [0, 1]; f is a Res2Net block of random weights. Published are 64 channels; 16 change the image
-    as much (RMS 0.20) at a fifth of the cost (not in the paper)."""
+    [0, 1]; f is a Res2Net block of random weights. The published f has 64 channels, and adds
+    nothing to the group that it convolves first; this one changes the image as much (RMS 0.20) at a
+    fifth of the cost (not in the paper)."""
     def convolution(x, channels, kernel, dilation):
         bound = (x.shape[1] * kernel**2) ** -0.5
         weight = torch.empty(channels, x.shape[1], kernel, kernel).uniform_(-bound, bound)
