@@ -144,7 +144,7 @@ def judge(groups, images, labels, args):
     """One batch through all models: images {input size: uint8 (B, 3, n, n)}, labels (B,) ->
     {(column, predictor): (B,) bool}, right or wrong ("clean share": chosen or not). A group of
     columns shares M_b, which runs once. "of all" is the answer among all outputs; --average adds
-    the models' mean."""
+    the mean of the models' probabilities of these classes."""
     right = {}
     answers = []
     for group in groups:
@@ -162,7 +162,8 @@ def judge(groups, images, labels, args):
                     best = p.argmax(-1, keepdim=True)
                     right[column.name, "of all"] = (column.outputs[labels] == best).any(-1)
                     if column.kind != "original":
-                        total = of_class.sum(-1, keepdim=True).clamp_min(1e-12)
+                        tiny = torch.finfo(of_class.dtype).tiny
+                        total = of_class.sum(-1, keepdim=True).clamp_min(tiny)
                         answers.append(of_class / total)    # probabilities among these classes
             if head is not None:
                 oracle = right[column.name, "clean"] | right[column.name, "unclean"]
@@ -406,8 +407,12 @@ def class_outputs(folder, column):
     return names, [[place[name] for name in wanted[label]] for label in folder.classes]
 
 def names_none(column, folder):
-    """Whether a network does not name its outputs, but has as many as the folder has classes."""
-    return column.classes is None and column.count == len(folder.classes)
+    """Whether the outputs of a network are taken in the order of the folders: it does not name
+    them, there are as many, and the folders have names."""
+    if column.zero_shot or column.classes is not None or folder.wnids:
+        return False
+    has_names = not all(name.isdecimal() for name in folder.classes)
+    return has_names and column.count == len(folder.classes)
 
 def new_classes(names, folder):
     """What a zero-shot model decides among: ImageNet's 1000, or these names; raises Refusal."""
@@ -700,18 +705,21 @@ def report(folder, folders, columns, args):
         show(args, ["points, +- 2 paired standard errors", "as they are", "corrupted"], rows)
 
 def average_of_shifts(folders, columns, args):
-    """Print the last column of Tables 1 to 3: the average over folders, a corrupted one by its mean
-    over corruptions; a model's own test set, where it is one, is no shift for it."""
+    """Print the column "Avg. shifts" of Tables 1 to 3: the average over folders, a corrupted one by
+    its mean over corruptions; a model's own test set, where it is one, is no shift for it."""
     names = answering(columns, args)
     keys = [(name, "answer") for name in names]
-    known = [set(column.classes or IMAGENET) for column in columns]
     rows = []
     is_shift = []
     for folder in folders:
         cells = accuracies(folder, keys)
         if ("", 0) in cells:
             rows.append([folder.name, *cells["", 0]])
-            shifts = [not folder.held_out or set(folder.classes) != own for own in known]
+            shifts = []
+            for column in columns:
+                knows = set(folder.classes) == set(column.classes or IMAGENET)
+                is_own = folder.held_out and (knows or names_none(column, folder))
+                shifts.append(not is_own)
             is_shift.append(shifts + [all(shifts)] * args.average)
         if measured_corruptions(folder):
             suffix = "-C" * any(test_set.made for test_set in folder.sets)
@@ -1368,7 +1376,8 @@ def parse(arguments):
         "(WiSE-FT): 0 is the original but for MC dropout, 1 the plug-in")
     add("--rule", nargs="+", choices=("kl-u", "u", "kl", "confidence"), help="a column for each")
     add("--passes", nargs="+", type=int, help="a column for each K")
-    add("--average", action="store_true", help="a column for the mean of all models' probabilities")
+    add("--average", action="store_true", help="a column for the mean of all models' "
+        "probabilities of the folder's classes")
     add("--corrupt", nargs="*", metavar="NAME", choices=CORRUPTIONS, help="corrupt the images "
         "too: the fifteen, or those named; for tuning " + ", ".join(VALIDATION))
     add("--severity", nargs="+", type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5],
@@ -1417,7 +1426,8 @@ def check(args):
         check_frost(args.frost)
     for file in filter(None, (args.json, args.plot)):
         path = Path(file).absolute()
-        if not os.access(path.parent, os.W_OK) or (path.exists() and not path.is_file()):
+        is_folder = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+        if not is_folder or (path.exists() and not path.is_file()):
             raise Refusal(f"{file}: not a file in a folder that can be written")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise Refusal("--plot: a file that ends in .png, .pdf or .svg")

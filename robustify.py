@@ -89,7 +89,7 @@ class Config:
     image_size: int = 0  # input size in pixels; 0: the network's own. As the next, not of --teacher
     model_args: dict = None  # JSON, keyword arguments that shape the network: '{"depth": 6}'
     recipe: str = "three-heads"  # a row of RECIPES: the method, or a baseline of Sec. 5
-    fraction: float = 0.20  # Table 5: tuned share, M_s and one head; 0.20 is not in the paper
+    fraction: float = 0.20  # Table 5: tuned share, M_s and one head; which row is not in the paper
     head_blocks: int = 1  # Sec. 4.1: last blocks that belong to each head; number not in the paper
     zero_shot: bool = False  # Sec. 4.4: the text embeddings stay the classifier
     augment: Literal["augmix", "augmix+deepaugment", "none"] = "augmix+deepaugment"  # Sec. 4.2
@@ -388,7 +388,7 @@ def of_chosen_head(values, chosen):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What distinguishes the methods; RobustStudent, student_loss and find_cut read these rows."""
+    """What distinguishes the methods: no code asks for a recipe's name, but what its row says."""
 
     heads: tuple            # which of HEADS are tuned; "combined" is always one
     clean_teacher: str      # of clean examples: "original", "robust" or "nobody"
@@ -765,7 +765,7 @@ def train(config):
                            config.seed)
     has_probe = give_classifier(network, class_names, config) and not resumes
     augment = "none" if recipe.views == "clean" else config.augment
-    triples = bool(config.make_teacher) and config.jsd > 0 and augment != "none"
+    triples = config.jsd > 0
     kind = AugMixTriples if triples else TrainingViews
     views = kind(samples, network.size, augment, config)
     if RANK == 0:
@@ -802,9 +802,9 @@ def training_images(config):
     if config.limit:
         drawn = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
         samples = [samples[i] for i in sorted(drawn)]
-        if len({label for _, label in samples}) < len(class_names):
-            raise Refusal(f"--limit {config.limit}: leaves some of {len(class_names)} classes "
-                          "without an image")
+        if config.limit < len(class_names):
+            raise Refusal(f"--limit {config.limit}: take at least one image a class, of "
+                          f"{len(class_names)}")
     return samples, class_names
 
 def check_classes(what, names, expected):
@@ -816,32 +816,26 @@ def check_classes(what, names, expected):
 def load_teacher(config, class_names):
     """The robust teacher, frozen; raises Refusal where its classes are not those of --data."""
     teacher = load_network(config.teacher)
-    if not name_outputs(teacher, config.teacher, class_names):
-        raise Refusal(f"--teacher {config.teacher}: has not the {len(class_names)} outputs that "
-                      "--data wants; see --make-teacher")
-    check_classes(f"--teacher {config.teacher}", teacher.class_names, class_names)
+    outputs = 0 if teacher.classifier is None else len(teacher.classifier.weight)
+    if teacher.class_names is not None:
+        check_classes(f"--teacher {config.teacher}", teacher.class_names, class_names)
+    elif outputs != len(class_names):
+        raise Refusal(f"--teacher {config.teacher}: has {outputs} outputs, --data has "
+                      f"{len(class_names)} classes; see --make-teacher")
+    elif RANK == 0:
+        print(f"teacher   {config.teacher} names no classes: taken in the order of the folders")
     return teacher.to(config.device).requires_grad_(False)
-
-def name_outputs(network, name, class_names):
-    """Whether it is known what `network`, of that name, has been trained to tell apart. Where it
-    does not say, but has as many outputs as --data has classes, they are taken to be these."""
-    if network.class_names is None and network.classifier is not None and not network.is_random:
-        if len(network.classifier.weight) == len(class_names):
-            network.class_names = list(class_names)
-            if RANK == 0:
-                print(f"classes   {name} names none: taken in the order of the folders")
-    return network.class_names is not None
 
 def give_classifier(network, names, config):
     """Gives `network` a classifier for the classes of --data; returns whether visual evaluation
     (VE) must begin with a linear probe (Sec. 5). Raises Refusal.
 
-    Its own classifier stays where it is one of these classes. Otherwise the text embeddings
+    Its own classifier stays where it is known to be of these classes. Otherwise the text embeddings
     are one, where there are any: ZS takes them as they are, the probe starts from them.
     """
     if config.zero_shot and network.text_embeddings is None:
         raise Refusal(f"--zero-shot: {config.student} has no text encoder")
-    if name_outputs(network, config.student, names) and network.class_names == names:
+    if network.classifier is not None and network.class_names == names:
         return False
     network.class_names = names
     if network.text_embeddings is not None:
@@ -1494,11 +1488,11 @@ def interpolated(student, alpha):
     return mixed.eval()
 
 def beside(path, name):
-    """`name`, which may be or end with a file. Where one of its name lies beside the plug-in at
-    `path`, that one is meant: both may have been moved."""
+    """`name`, which may be or end with a file. Where that is not in its place, one of its name
+    beside the plug-in at `path` serves: both may have been moved."""
     family, colon, file = name.rpartition(":")
     candidate = Path(path).parent / Path(file).name
-    if Path(file).suffix and candidate.is_file():
+    if Path(file).suffix and candidate.is_file() and not Path(file).is_file():
         return f"{family}{colon}{candidate}"
     return name
 
@@ -1547,7 +1541,7 @@ def read_network(path):
     network.source = {"name": path}
     return network
 
-FREE_TO_CHANGE = ("workers", "resume", "save_every", "data", "out", "student", "teacher")
+FREE_TO_CHANGE = ("workers", "resume", "save_every", "data", "out", "teacher")  # when resuming
 
 def state_file(config):
     """Where an interrupted run leaves what --resume goes on from."""
@@ -1565,8 +1559,8 @@ def can_resume(config):
     return has_state
 
 def settings_of(student, images, config):
-    """What must be the same when a run goes on, and FREE_TO_CHANGE: the files of student and
-    teacher may have moved, but not changed."""
+    """What must be the same when a run goes on, and FREE_TO_CHANGE. A teacher's file may have
+    moved, but not changed."""
     teacher = config.teacher
     file = Path(teacher.rpartition(":")[2])
     if file.is_file():
@@ -1684,7 +1678,8 @@ def parse(arguments):
             parser.add_argument(flag, type=type(field.default), default=field.default)
     config = Config(**vars(parser.parse_args(arguments)))
     out = Path(config.out)
-    if out.is_dir() or out.suffix != ".pt" or not os.access(out.parent, os.W_OK):
+    is_folder = out.parent.is_dir() and os.access(out.parent, os.W_OK)
+    if out.is_dir() or out.suffix != ".pt" or not is_folder:
         raise Refusal(f"--out {out}: must be a file NAME.pt in a folder that can be written")
     for name in (config.student, config.teacher, config.make_teacher, config.pretrained):
         if out.resolve() in (Path(name).resolve(), Path(name.partition(":")[2]).resolve()):

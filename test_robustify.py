@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -48,7 +49,7 @@ FLAGS = ["--workers=0", "--device=cpu", "--epochs=1", "--batch-size=8", "--lr=1e
 EVAL = ["--workers=0", "--device=cpu"]
 WNIDS = timm.data.ImageNetInfo("imagenet-1k").label_names()
 FISH = WNIDS[:4]
-CONCEPTS = [*WNIDS, "ant", "bee", "cow", "n00000000", "images"]
+CONCEPTS = [*WNIDS, "ant", "bee", "cow", "dog", "n00000000", "images"]
 
 # --- Helpers --------------------------------------------------------------------------------------
 
@@ -565,7 +566,7 @@ def test_quick_gelu_follows_the_tag(monkeypatch):
 
 @pytest.mark.parametrize("known, names, is_kept", [
     (list("abcd"), list("abcd"), True), (list("abcd"), list("badc"), False),
-    (None, list("abcd"), True), (None, list("abc"), False), (WNIDS, WNIDS, True)])
+    (None, list("abcd"), False), (WNIDS, WNIDS, True)])
 def test_classifier_is_kept_for_its_own_classes_alone(known, names, is_kept, tmp_path):
     network = make_network()
     network.class_names = known
@@ -603,6 +604,8 @@ def test_a_plain_state_dict_is_taken(tmp_path):
     x = images_of(2, 224)
     normalised = v2.functional.normalize(x, rb.IMAGENET_MEAN, rb.IMAGENET_STD)
     assert torch.allclose(teacher(x), net(normalised), atol=1e-4)
+    with pytest.raises(rb.Refusal, match="2 outputs"):
+        rb.load_teacher(config, ["ant", "bee", "cow"])
     headless = {name: value for name, value in net.state_dict().items() if "fc" not in name}
     torch.save(headless, tmp_path / "headless.pth")
     network = rb.load_network(f"resnet18:{tmp_path}/headless.pth")
@@ -828,18 +831,14 @@ def mutate(trained, kind, keys, value, path):
     return rb.load(path) if kind == "plug-in" else rb.load_network(str(path))
 
 def test_a_plug_in_finds_its_network_beside_it(trained, tmp_path):
-    """Where both were moved, whatever lies in its old place now; without it the refusal names both
-    files."""
+    """Where both were moved; without it the refusal names both files."""
     (tmp_path / "first").mkdir()
     student = shutil.copy(trained / "student.pt", tmp_path / "first")
     out = tmp_path / "first/robust.pt"
     assert rb.main(robustify(trained, out, "--student", student)) == 0
     expected = rb.load(out)(images_of(2))
     (tmp_path / "first").rename(tmp_path / "second")
-    (tmp_path / "first").mkdir()
-    shutil.copy(trained / "teacher.pt", tmp_path / "first/student.pt")
     assert torch.equal(rb.load(tmp_path / "second/robust.pt")(images_of(2)), expected)
-    (tmp_path / "first/student.pt").unlink()
     (tmp_path / "second/student.pt").unlink()
     with pytest.raises(rb.Refusal, match="second/robust.pt: .*first/student.pt: no such file"):
         rb.load(tmp_path / "second/robust.pt")
@@ -1053,11 +1052,9 @@ def test_killed_three_times_it_ends_with_the_same_weights(trained, tmp_path, cap
     assert 3 <= rb.read_checkpoint(state, "state")["step"] < 9
     assert rb.main([*arguments, "--temperature=3"]) == 2
     assert "temperature was 2.0 and is now 3.0" in capsys.readouterr().err
-    for name in ("student", "teacher"):  # that a file has moved does not matter
-        moved = shutil.copy(trained / f"{name}.pt", tmp_path / f"moved_{name}.pt")
-        arguments.append(f"--{name}={moved}")
-    assert rb.main([*arguments, "--save-every=2"]) == 0
-    assert "resume    after step " in capsys.readouterr().out
+    teacher = shutil.copy(trained / "teacher.pt", tmp_path / "moved.pt")
+    assert rb.main([*arguments, "--save-every=2", f"--teacher={teacher}"]) == 0
+    assert re.search("resume +after step [3-8] of 9", capsys.readouterr().out)
     assert not state.exists()
     tuned = rb.read_checkpoint(out, "plug-in")["tuned"]
     assert states_equal(tuned, rb.read_checkpoint(tmp_path / "whole.pt", "plug-in")["tuned"])
@@ -1331,7 +1328,8 @@ MODELS = {
     "numbers": partial(Reader, ["0", "1", "10", "2", "3"]),
     "other 1000": partial(Reader, ["ant", "bee"] * 500),
     "unnamed": partial(Reader, ["ant", "bee"], known=False),
-    "clip": partial(Reader, [], reads_text=True),
+    "unnamed three": partial(Reader, ["ant", "bee", "cow"], known=False),
+    "clip": partial(Reader, [], known=False, reads_text=True),
     "zero-shot": partial(zero_shot_plug_in, ["ant", "bee", "cow"])}
 
 def write_images(root, images):
@@ -1388,6 +1386,7 @@ FOLDERS = {
     "wnids": three_of(FISH, OTHER),
     "numbers": three_of(["1", "10", "2"], "0"),  # sorted as text, as folders are
     "names": three_of(["ant", "bee"], OTHER),
+    "four names": three_of(["ant", "bee", "cow", "dog"], OTHER),  # as many as "wnids" has
     "no wnids": three_of([FISH[0], "n00000000"], OTHER),
     "one class": three_of(["images"], OTHER),
     "objectnet": {  # two outputs mean a clock, a box is no class of ImageNet's
@@ -1427,7 +1426,8 @@ GRID = {  # (accuracy, of all outputs), or a word of the refusal
     ("names", "imagenet"): "lacks", ("names", "wnids"): "lacks", ("names", "names"): (TWO, TWO),
     ("names", "numbers"): "lacks", ("names", "clip"): (TWO, TWO),
     ("names", "zero-shot"): (TWO, TWO), ("names", "unnamed"): (TWO, TWO),
-    ("wnids", "unnamed"): "lacks",
+    ("wnids", "unnamed"): "lacks", ("numbers", "unnamed three"): "lacks",
+    ("objectnet", "unnamed"): "lacks",
     ("objectnet", "imagenet"): (0.8, 0.4), ("objectnet", "wnids"): (0.8, 0.4),
     ("objectnet", "names"): "lacks", ("objectnet", "other 1000"): "lacks",
     ("objectnet", "clip"): (0.8, 0.4), ("objectnet", "zero-shot"): (0.8, 0.4),
@@ -1450,6 +1450,7 @@ def test_class_mapping(kind, evaluate, tmp_path):
             assert code == 2 and expected in text, (model, text)
             continue
         assert code == 0, text
+        assert ("names no classes" in text) == (model == "unnamed")
         accuracy = found[model]["set"]
         assert (accuracy["answer"], accuracy["of all"]) == pytest.approx(expected), model
         scored[file] = accuracy
@@ -1460,7 +1461,7 @@ def test_class_mapping(kind, evaluate, tmp_path):
 def test_zero_shot_is_a_function_of_model_folder_and_templates(evaluate, tmp_path, monkeypatch):
     """Folders before it leave no trace; each list of names meets the text tower once; a plug-in
     keeps its own embeddings unless --templates are given."""
-    kinds = ("names", "wnids", "objectnet", "numbers")
+    kinds = ("names", "four names", "wnids", "objectnet", "numbers")
     sets = [make_set(kind, tmp_path / kind) for kind in kinds]
     readers = []
     read_text = Reader.read_text
@@ -1480,8 +1481,9 @@ def test_zero_shot_is_a_function_of_model_folder_and_templates(evaluate, tmp_pat
     for data in (sets, sets[::-1]):
         found = evaluate(["p.pt", "c"], data)[1]
         assert {column: found[column] for column in alone} == alone
-    for model, flags, expected in (("c", [], [(2, 80), (1000, 80)]), ("p.pt", [], [(1000, 80)]),
-                                   ("p.pt", ["--templates", "a {}."], [(2, 1), (1000, 1)])):
+    for model, flags, expected in (("c", [], [(2, 80), (4, 80), (1000, 80)]),
+                                   ("p.pt", [], [(4, 80), (1000, 80)]),
+                                   ("p.pt", ["--templates", "a {}."], [(2, 1), (4, 1), (1000, 1)])):
         readers.clear()
         evaluate([model], sets, *flags)
         assert readers == expected
@@ -1822,6 +1824,27 @@ def test_plot(plug_ins, tmp_path):
     flags = ["--corrupt", "contrast", "--severity", 1, 5, "--plot", tmp_path / "plot.png"]
     run(tmp_path, "--data", plug_ins / "data", "--model", plug_ins / "three.pt", *flags)
     assert min(Image.open(tmp_path / "plot.png").size) > 300
+
+def test_pretrained_is_for_names_alone(monkeypatch):
+    """NAME:FILE brings its own weights."""
+    asked = []
+
+    def load_network(name, pretrained):
+        asked.append((name, pretrained))
+        return MODELS["names"]()
+
+    monkeypatch.setattr(ev, "load_network", load_network)
+    models = ["resnet18", "resnet18:w.pth"]
+    ev.load_columns(ev.parse(["--data=x", "--pretrained=none", "--device=cpu", "--model", *models]))
+    assert asked == [("resnet18", "none"), ("resnet18:w.pth", "")]
+
+def test_an_interrupted_run_is_named(plug_ins, tmp_path, capsys):
+    shutil.copy(plug_ins / "three.pt", tmp_path)
+    for interrupted in (False, True):
+        capsys.readouterr()
+        run(tmp_path, "--data", plug_ins / "data", "--model", tmp_path / "three.pt")
+        assert ("three.pt.state is there" in capsys.readouterr().out) == interrupted
+        (tmp_path / "three.pt.state").touch()
 
 def test_average_is_among_the_classes_of_the_folder():
     """A network with other outputs too has as much weight as one with these alone."""
