@@ -543,6 +543,8 @@ def test_clip_takes_new_classes(tmp_path):
     again = rb.load(tmp_path / "new.pt")
     assert again.class_names == names
     assert torch.equal(again(x), loaded(x))
+    rb.set_classes(again, names[:2], embed(names[:2]), 7.0)
+    assert [head.classifier.scale.item() for head in again.heads.values()] == [7, 7, 7]
     rb.save(clip_student(trained=True), tmp_path / "ve.pt")
     with pytest.raises(rb.Refusal, match="zero-shot"):
         rb.load(tmp_path / "ve.pt", class_names=names)
