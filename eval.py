@@ -50,7 +50,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -75,10 +74,11 @@ from tqdm import tqdm
 
 import robustify
 from robustify import (HEADS, PROCESSES, RANK, RECIPES, ClassTokenBlock, Config, Refusal,
-                       assemble, autocast, batches, beside, centre_crop, count_parameters,
-                       dropout_masks, fingerprint, image_folder, interpolated, join_processes,
-                       linear_probe, load, load_network, load_original, read_checkpoint,
-                       read_image, refuse, replace_file, set_classes, student_loss)
+                       assemble, autocast, batches, beside, can_be_written, centre_crop,
+                       count_parameters, dropout_masks, fingerprint, image_folder, interpolated,
+                       is_checkpoint, join_processes, linear_probe, load, load_network,
+                       load_original, read_checkpoint, read_image, refuse, replace_file,
+                       set_classes, student_loss)
 
 IMAGENET = timm.data.ImageNetInfo().label_names()  # wnids, in the order of the outputs
 ALEXNET = {  # top-1 error of AlexNet on ImageNet-C [11], for mCE
@@ -453,9 +453,10 @@ def load_columns(args):
     originals = {}
     backbones = {}
     for path, name in zip(args.model, short_names("--model", args.model)):
-        is_file = path.endswith(".pt") and ":" not in path
+        is_file = is_checkpoint(path)
         if not is_file or read_checkpoint(path, "any")["format"] != "robustify plug-in":
-            pretrained = "" if is_file or ":" in path else args.pretrained  # a file has its own
+            has_weights = is_file or ":" in path
+            pretrained = "" if has_weights else args.pretrained
             columns.append(plain_column(path, name, args, pretrained))
             continue
         student = load(path).to(args.device)
@@ -847,10 +848,10 @@ def transfer_sets(path):
         raise Refusal(f"--transfer {path}: needs train/ and val/ with the same classes")
     return train, test, classes
 
-def transfer(path, name, columns, args):
-    """Linear probes fitted on path/train and tested on val/ (or test/): prints their accuracy, and
-    of a plug-in the difference that tuning made."""
-    train, test, classes = transfer_sets(path)
+def transfer(name, sets, columns, args):
+    """Linear probes fitted and tested on what transfer_sets found: prints their accuracy, and of a
+    plug-in the difference that tuning made."""
+    train, test, classes = sets
     rows = []
     for column in columns:
         if column.kind == "original":
@@ -1425,9 +1426,7 @@ def check(args):
     if args.frost:
         check_frost(args.frost)
     for file in filter(None, (args.json, args.plot)):
-        path = Path(file).absolute()
-        is_folder = path.parent.is_dir() and os.access(path.parent, os.W_OK)
-        if not is_folder or (path.exists() and not path.is_file()):
+        if not can_be_written(file):
             raise Refusal(f"{file}: not a file in a folder that can be written")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise Refusal("--plot: a file that ends in .png, .pdf or .svg")
@@ -1445,21 +1444,21 @@ def run(arguments):
         raise Refusal("--plot: needs corrupted images; see --corrupt")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise Refusal("--plot: needs matplotlib; pip install matplotlib")
-    for path in args.transfer:
-        transfer_sets(path)
-    short_names("--transfer", args.transfer)  # refuses a folder that is given twice
+    transfers = {}
+    for path, name in zip(args.transfer, short_names("--transfer", args.transfer)):
+        transfers[name] = transfer_sets(path)
     columns = load_columns(args)
     for folder, column in itertools.product(folders, columns):
         class_outputs(folder, column)
     if args.cost and not any(column.path for column in columns):
         raise Refusal("--cost: needs a plug-in of robustify.py among --model")
     with redirect_stdout(None if RANK else sys.stdout):  # one process prints
-        evaluate(folders, columns, args)
+        evaluate(folders, transfers, columns, args)
         if not arguments:
             print("\nWhat to see: how far APT and three heads stand above the original under "
                   "corruption,\nand how much more often Eq. 6 chooses the clean head on val.")
 
-def evaluate(folders, columns, args):
+def evaluate(folders, transfers, columns, args):
     """Measure and print what the command line asks for. Whatever ends it early, what was finished
     is printed and written, marked as partial."""
     partial = True
@@ -1470,8 +1469,8 @@ def evaluate(folders, columns, args):
                 cost(path, config, args)
         for folder in folders:
             measure_and_report(folder, folders, columns, args)
-        for path, name in zip(args.transfer, short_names("--transfer", args.transfer)):
-            transfer(path, name, columns, args)
+        for name, sets in transfers.items():
+            transfer(name, sets, columns, args)
         partial = False
     finally:
         if partial and args.tables:

@@ -1176,6 +1176,10 @@ def check_model_args(model_args):
             raise Refusal(f"--model-args {key}: only numbers, booleans, words and lists of them, "
                           "and only what shapes a network")
 
+def is_checkpoint(name):
+    """Whether the name of a network is a file of robustify.py: no NAME:FILE, no library's name."""
+    return name.endswith(".pt") and ":" not in name
+
 def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
     """A Network by open_clip, timm or torchvision NAME, NAME:FILE, or a .pt of --make-teacher.
 
@@ -1184,7 +1188,7 @@ def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
     """
     name = str(name)
     pretrained = str(pretrained)
-    if name.endswith(".pt") and ":" not in name:
+    if is_checkpoint(name):
         if pretrained or image_size or model_args:
             raise Refusal(f"{name}: has its own weights, size and arguments; give no --pretrained, "
                           "--image-size or --model-args")
@@ -1384,6 +1388,12 @@ def read_state_dict(path):
     if not isinstance(content, dict):
         raise Refusal(f"{path}: holds no state dict")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+def can_be_written(path):
+    """Whether `path` is or may become a file: its folder is there and takes files."""
+    path = Path(path).absolute()
+    takes_files = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    return takes_files and (path.is_file() or not path.exists())
 
 def replace_file(path, content):
     """Write bytes atomically: a crash or a full disk leaves the older file whole."""
@@ -1678,8 +1688,7 @@ def parse(arguments):
             parser.add_argument(flag, type=type(field.default), default=field.default)
     config = Config(**vars(parser.parse_args(arguments)))
     out = Path(config.out)
-    is_folder = out.parent.is_dir() and os.access(out.parent, os.W_OK)
-    if out.is_dir() or out.suffix != ".pt" or not is_folder:
+    if out.suffix != ".pt" or not can_be_written(out):
         raise Refusal(f"--out {out}: must be a file NAME.pt in a folder that can be written")
     for name in (config.student, config.teacher, config.make_teacher, config.pretrained):
         if out.resolve() in (Path(name).resolve(), Path(name.partition(":")[2]).resolve()):
