@@ -1,22 +1,26 @@
 """Efficiently Robustify Pre-Trained Models (Jain, Behl, Rawat, Vineet; ICCV 2023), in one file.
 
-A network is robust where it stays accurate on images that differ from its training images in noise,
-blur, weather, style or camera. Fine-tuning all of a large network on augmented images buys that at
-the cost of the whole backward pass, and the network forgets what pre-training taught it. Here the
-large network (the student) stays frozen but for its last fifth of parameters, which is tuned under
-three heads. A frozen copy of the original student teaches the clean and the combined head on clean
-examples; a small robust network (the teacher) teaches the unclean and the combined head on
-augmented ones. At test time MC dropout tells how uncertain each head is; the clean or the unclean
-head answers, whichever has the smaller product of uncertainty and KL divergence to the combined.
+A model is robust if it stays accurate when images change: noise, blur, weather, style, camera.
+Fine-tuning all of a large model on augmented images helps, but every step pays for the whole
+backward pass, and the model forgets some of what pre-training taught it.
+
+The idea: freeze most of the large model, the student, and tune its last fifth. Give it three heads:
+the clean one learns from clean images, the unclean one from augmented images, the combined one from
+both. Two teachers help. On clean images the original model teaches, so that nothing is forgotten.
+On augmented images a small robust model teaches, since a small model is cheap to make robust. At
+test time nobody tells us which kind an image is, so we ask the heads. MC dropout says how unsure a
+head is, a KL divergence how far it is from the combined one. Of the clean and the unclean head the
+one with the smaller product answers (Eq. 6). APT, the baseline to beat, tunes the same part under
+one head with labels alone.
 
     python robustify.py                                              # the demo, into demo/
-    python robustify.py --make-teacher vit_b_16 --data imagenet/ --out vit_b16.pt
+    python robustify.py --make-teacher vit_base_patch16_224 --data imagenet/ --out vit_b16.pt
     python robustify.py --student ViT-L-14 --teacher vit_b16.pt      # writes robust.pt
     torchrun --nproc-per-node 8 robustify.py --student ViT-L-14 --teacher vit_b16.pt
 
     paper              where       here                              shape or value
-    M = M_h M_s M_b    Eq. 1       backbone, shared, heads[name]     RobustStudent; assemble cuts
-    M, the original    Sec. 4.3.1  backbone, then original           frozen
+    M = M_h M_s M_b    Eq. 1       backbone, shared, heads[name]     RobustStudent; made by `cut`
+    M, the original    Sec. 4.3.1  backbone, then original_top       frozen
     M_t                Sec. 4.2    teacher                           a small Network, frozen
     D^a                Sec. 4.3    TrainingViews                     clean and augmented images
     c, m, u            Sec. 4.3.1  "clean", "combined", "unclean"    HEADS
@@ -27,49 +31,47 @@ head answers, whichever has the smaller product of uncertainty and KL divergence
     h_f                Eq. 6       select_head                       (B,) index into HEADS
     phi_v, phi_text    Sec. 4.4    CosineClassifier                  (B, D) -> (B, C)
 
-Trailing comments give shapes: B images, C classes, K passes, D features. "Not in the paper" marks
-each decision that is ours; "Where we decide" in the README says why.
+Trailing comments give shapes: B images, C classes, K passes, D features, N tokens. "Not in the
+paper" marks what is our decision; the README says why.
 
 [6] Gal, Ghahramani: Dropout as a Bayesian approximation. [10] Hendrycks et al.: The many faces of
-robustness (DeepAugment, Noise2Net). [12] Hendrycks et al.: AugMix. [15] Hinton, Vinyals, Dean:
-Distilling the knowledge in a neural network. [33] Wortsman et al.: Robust fine-tuning of zero-shot
-models (WiSE-FT).
+robustness (Noise2Net). [14] Hendrycks et al.: PixMix. [15] Hinton, Vinyals, Dean: Distillation.
+[16] Jia et al.: Visual prompt tuning. [33] Wortsman et al.: WiSE-FT.
 """
 
 import argparse
-import contextlib
 import copy
 import hashlib
 import inspect
-import io
-import json
 import logging
 import math
 import os
 import re
 import sys
-import time
-import warnings
+import zipfile
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import open_clip
 import timm
+import timm.optim
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-HEADS = ("clean", "combined", "unclean")  # "unclean" learns from augmented examples
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+HEADS = ("clean", "combined", "unclean")
+CHOICES = {"rule": ("kl-u", "u", "kl", "confidence"), "severity": range(1, 11),
+           "augment": ("augmix+deepaugment", "augmix", "pixmix", "augmix+pixmix", "none")}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANK = int(os.environ.get("RANK", 0))  # of this process; torchrun sets both
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -78,177 +80,100 @@ class Refusal(Exception):
 
 @dataclass
 class Config:
-    """Every setting, one flag each; the defaults are the recipe."""
-
-    student: str = ""  # network to robustify: open_clip, timm, torchvision NAME, NAME:FILE, or .pt
-    teacher: str = ""  # Sec. 4.2: small robust network, named likewise
-    make_teacher: str = ""  # Sec. 4.2: train this network whole on D^a instead, and save it
-    data: str = "imagenet"  # folder with train/ and val/ of class folders, or train/ itself
+    """Every setting, a flag each. The defaults are the recipe; these comments are its --help."""
+    student: str = ""  # the large model: NAME, NAME:TAG, NAME:FILE, NAME:none, or FILE.pt
+    teacher: str = ""  # the small robust model (Sec. 4.2), named likewise
+    make_teacher: str = ""  # instead, train this network whole on D^a with labels, and save it
+    data: str = "imagenet"  # folder with train/CLASS/IMAGE, or with CLASS/IMAGE
     out: str = ""  # file to write; default robust.pt, or teacher.pt with --make-teacher
-    pretrained: str = ""  # TAG, FILE or none; default: openai for open_clip, else the library's own
-    image_size: int = 0  # input size in pixels; 0: the network's own. As the next, not of --teacher
-    model_args: dict = None  # JSON, keyword arguments that shape the network: '{"depth": 6}'
-    recipe: str = "three-heads"  # a row of RECIPES: the method, or a baseline of Sec. 5
-    fraction: float = 0.20  # Table 5: tuned share, M_s and one head; which row is not in the paper
+    recipe: str = "three-heads"  # the method, or a baseline of Sec. 5: a row of RECIPES
+    fraction: float = 0.20  # Table 5: share of parameters in M_s and one head; row not in the paper
     head_blocks: int = 1  # Sec. 4.1: last blocks that belong to each head; number not in the paper
-    zero_shot: bool = False  # Sec. 4.4: the text embeddings stay the classifier
-    augment: Literal["augmix", "augmix+deepaugment", "none"] = "augmix+deepaugment"  # Sec. 4.2
-    severity: int = 2  # torchvision's AugMix scale: 2 is published 1 (ImageNet), 4 is 3 (CIFAR)
-    jsd: float = 0.0  # [12]: weight of Jensen-Shannon in --make-teacher; published: 12
+    prompts: int = 10  # learned tokens a block of --recipe vpt [16]; number not in the paper
+    zero_shot: bool = False  # Sec. 4.4: CLIP's text embeddings stay the classifier
+    image_size: int = 0  # input size of the network in pixels; 0: its own
+    augment: str = "augmix+deepaugment"  # Sec. 4.2, Table 4: how D^a is augmented
+    severity: int = 2  # torchvision's AugMix scale: 2 is about the published 1, 4 is about 3
+    mixing: str = ""  # folder of pictures that pixmix mixes in [14]
     temperature: float = 2.0  # T of the distillation loss; not in the paper
     distill_weight: float = 1.0  # weight of L_d beside L_c; not in the paper
     dropout: float = 0.1  # Sec. 4.3.2: rate before each classifier; rate not in the paper
     block_dropout: float = 0.05  # Sec. 4.3.2: rate in tuned blocks; rate not in the paper
     passes: int = 10  # Sec. 4.3.2: MC dropout passes K; number not in the paper
-    rule: Literal["kl-u", "u", "kl", "confidence"] = "kl-u"  # Eq. 6; the others are ablations
-    lr: float = 3e-5  # peak of the schedule; this and the next four as in [33], not in the paper
-    weight_decay: float = 0.1  # AdamW's, of weights that are no vectors
-    warmup: int = 500  # steps to the peak, at most a fifth of all; then cosine decay
+    rule: str = "kl-u"  # Eq. 6; the others are the ablation
+    lr: float = 3e-5  # peak learning rate; this and the next four as in [33], not in the paper
+    weight_decay: float = 0.1  # of AdamW
+    warmup: int = 500  # steps to the peak, at most a fifth of all; then a cosine down to 0
     epochs: int = 10
     batch_size: int = 512  # images a step, over all processes
-    limit: int = 0  # use so many training images, drawn by the seed; 0: all
-    seed: int = 0  # of new weights, order, views and dropout masks
-    workers: int = min(8, os.cpu_count() or 1)  # data loading processes, for each process
-    device: Literal["cuda", "cpu"] = ""  # default: cuda where torch finds a GPU
-    resume: bool = False  # go on from the state that an interrupted run left beside --out
-    save_every: int = 0  # steps between such states; 0: after each epoch
+    limit: int = 0  # train on so many images, balanced over the classes; 0: all
+    seed: int = 0  # of new weights, order, views and dropout
+    workers: int = min(8, os.cpu_count() or 1)  # processes that load images, for each GPU
+    resume: bool = False  # go on after the last whole epoch of an interrupted run
 
     def __post_init__(self):
-        if not self.device:
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        check_settings(self)
+        if not self.out:
+            self.out = "teacher.pt" if self.make_teacher else "robust.pt"
 
 # --- The student: M = M_h . M_s . M_b (Eq. 1) under three heads (Sec. 4.1, Figure 4) --------------
 
-class BranchDropout(nn.Module):
-    """A residual block with dropout, while training, on what it adds to its input.
-
-    It acts in training alone: U comes from the dropout before the classifier. Sec. 4.3.2 wants
-    dropout from M_s on; the place is not in the paper. Dropping values of the sum at p = 0.1 would
-    be noise of a third of the signal. What a block adds is its output minus its input, also where
-    it ends with a ReLU. A block that changes the shape has no dropout.
-    """
-
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-        self.dropout = nn.Dropout(0.0)  # RobustStudent sets the rate
-
-    def forward(self, x):
-        y = self.block(x)
-        if isinstance(self.block, ClassTokenBlock):
-            x = x[:, :1]  # it adds to the class token alone
-        if not self.training or y.shape != x.shape:
-            return y
-        return x + self.dropout(y - x)
-
-class CosineClassifier(nn.Module):
-    """scale * normalize(f) . normalize(W), (..., D) -> (..., C): the dot product of Sec. 4.4, as
-    CLIP has it. W (C, D) starts at the text embeddings. Visual evaluation (VE) trains W, zero-shot
-    mode (ZS) does not; the scale is never trained."""
-
-    def __init__(self, weight, scale, trained):
-        super().__init__()
-        kind = nn.Parameter if trained else nn.Buffer
-        self.weight = kind(F.normalize(weight.float(), dim=-1))
-        self.scale = nn.Buffer(torch.as_tensor(scale, dtype=torch.float32))
-
-    def forward(self, features):
-        # In bfloat16, at CLIP's scale of 100, the logits would be wrong by 0.1.
-        with torch.autocast(features.device.type, enabled=False):
-            features = F.normalize(features.float(), dim=-1)
-            return self.scale * features @ F.normalize(self.weight.float(), dim=-1).T
-
-    @torch.no_grad()
-    def renormalise(self):
-        """Rows back to length 1 (not in the paper): forward ignores it, but a short row has a large
-        gradient."""
-        self.weight.copy_(F.normalize(self.weight, dim=-1))
-
-class Head(nn.Module):
-    """M_h: last blocks, pooling, norm and projection; then dropout and the classifier."""
-
-    def __init__(self, head, dropout):
-        super().__init__()
-        layers = list(head) if isinstance(head, nn.Sequential) else [head]
-        self.body = nn.Sequential(*layers[:-1])
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = layers[-1]
-
-    def features(self, h):
-        """h, what M_s gives -> (B, D), what the classifier sees."""
-        return self.body(h)
-
-    def forward(self, h):
-        return self.classifier(self.dropout(self.features(h)))
-
 class Prediction(NamedTuple):
     """What `RobustStudent.predict` returns."""
-
     probabilities: torch.Tensor  # (B, C), phi of the chosen head
     head: torch.Tensor           # (B,), index into HEADS
     uncertainty: torch.Tensor    # (B,), U_mc of the chosen head, 0 to 0.5; small where C is large
     phi: dict                    # {head name: (B, C)}
 
 class RobustStudent(nn.Module):
-    """The student of Figure 4: M_b frozen, M_s and heads tuned copies. Beside them the original:
-    M as it is given here, so after the linear probe where there was one.
+    """The student of Figure 4: M_b frozen, M_s tuned, and a tuned M_h for each head. Beside them
+    stands what the original has in place of M_s and M_h, frozen: it teaches on clean images.
 
-    backbone: pixels (B, 3, H, W) in [0, 1] -> activations z. shared: z -> h, an nn.Sequential,
-    maybe empty. head: h -> logits (B, C), an nn.Sequential that ends with the classifier, which
-    has a `weight` (C, D), or the classifier alone. Any network serves that can be written as three
-    such modules; BranchDropout around a residual block of yours gives it dropout. The backbone is
-    frozen in place, the others are copied.
+    backbone: pixels (B, 3, H, W) in [0, 1] -> z. shared: z -> h, an nn.Sequential, may be empty.
+    head: h -> logits (B, C), an nn.Sequential that ends with the classifier, which has a `weight`
+    (C, D). `cut` makes the three of a library's network; write one of your own like this:
 
-    >>> block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
-    >>> backbone = nn.Conv2d(3, 8, 3, stride=2)
+    >>> block = BranchDropout(nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1)))
     >>> head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
-    >>> student = RobustStudent(backbone, nn.Sequential(block), head, Config(epochs=1))
+    >>> student = RobustStudent(nn.Conv2d(3, 8, 3), nn.Sequential(block), head, Config())
     >>> teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))  # yours is a robust one
     >>> pixels, labels = torch.rand(6, 3, 32, 32), torch.arange(6) % 4
-    >>> is_clean = torch.arange(6) < 3
-    >>> loss = student_loss(student.train(), teacher, pixels, labels, is_clean)
+    >>> loss = student_loss(student.train(), teacher, pixels, labels, is_clean=labels < 2)
     >>> student.eval().predict(pixels).probabilities.shape
     torch.Size([6, 4])
 
-    `fit` trains it, `save` writes it, `load(file, backbone, shared, head)` reads it.
+    `save(student, file)` writes the tuned part, `load(file, (backbone, shared, head))` reads it.
     """
+    size = class_names = text = None  # `cut` fills these in, for a library's network
 
-    # `assemble` fills these in from a Network; with three modules of your own they stay None.
-    size = class_names = class_token = text_embeddings = source = None
-    trains_statistics = False  # of batch norm
-
-    def __init__(self, backbone, shared, head, config=None):
+    def __init__(self, backbone, shared, head, config):
         super().__init__()
-        self.config = config or Config()
-        self.recipe = RECIPES[self.config.recipe]
+        self.config = config
+        self.recipe = RECIPES[config.recipe]
         self.backbone = backbone.requires_grad_(False)                         # M_b
-        self.original = nn.Sequential(copy.deepcopy(shared), copy.deepcopy(head))
-        self.original.requires_grad_(False)
-        self.shared = copy.deepcopy(shared).requires_grad_(True)               # M_s
+        self.original_top = copy.deepcopy(nn.Sequential(shared, head)).requires_grad_(False)
+        self.shared = copy.deepcopy(shared)                                    # M_s
         self.heads = nn.ModuleDict()                                           # M_h, once a head
         for name in self.recipe.heads:
-            self.heads[name] = Head(copy.deepcopy(head), self.config.dropout).requires_grad_(True)
-        for module in [*self.shared.modules(), *self.heads.modules()]:
-            if isinstance(module, BranchDropout):
-                module.dropout.p = self.config.block_dropout
+            self.heads[name] = Head(copy.deepcopy(head), config.dropout)
+        if self.recipe.tuned == "prompts":
+            self.shared.requires_grad_(False)
+            for i in range(len(shared) - 1):  # all but the pooling
+                self.shared[i] = PromptedBlock(self.shared[i].block, config.prompts)
         for module in self.modules():
-            if hasattr(module, "inplace"):
-                module.inplace = False  # BranchDropout, heads and original read an input again
-        self.classes, width = self.heads["combined"].classifier.weight.shape   # C, D
-        self.masks = nn.Buffer(dropout_masks(self.config, width))              # (K, D)
+            if isinstance(module, BranchDropout):
+                module.rate = config.block_dropout
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # the network's own
+        self.classes, width = head[-1].weight.shape                            # C, D
+        self.masks = nn.Buffer(dropout_masks(config, width))                   # (K, D)
         self.eval()
 
     def train(self, mode=True):
-        """Training mode, of the tuned part alone. Batch-norm statistics stay those of pre-training
-        (not in the paper), unless random weights are trained from the pixels on."""
+        """Training mode for the tuned part alone."""
         super().train(mode)
         self.backbone.eval()
-        self.original.eval()
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not self.trains_statistics:
-                module.eval()
-        return self
+        self.original_top.eval()
+        return keep_statistics(self)
 
     def forward(self, pixels):
         """pixels (B, 3, H, W) in [0, 1] -> class probabilities (B, C)."""
@@ -256,31 +181,105 @@ class RobustStudent(nn.Module):
 
     @torch.no_grad()
     def predict(self, pixels):
-        """pixels (B, 3, H, W) in [0, 1] -> Prediction; in eval mode nothing is random."""
-        return self.predict_from(self.backbone(pixels))                        # M_b
+        """pixels (B, 3, H, W) in [0, 1] -> Prediction. Raises Refusal for whole numbers."""
+        if not torch.is_tensor(pixels) or not pixels.is_floating_point():
+            raise Refusal("predict takes a float tensor (B, 3, H, W) in [0, 1]; see preprocess")
+        return self.predict_from(self.backbone(pixels.clone()))                # M_b
 
     @torch.no_grad()
     def predict_from(self, z):
-        """z, what M_b gives -> Prediction (Sec. 4.3.2).
-
-        The paper passes K times through each head. Here only the classifier runs K times, since it
-        alone follows the last dropout; K passes through all tuned blocks would cost K times as much
-        (that they can be spared is not in the paper). Recipes of one head predict likewise.
-        """
+        """z, what M_b gives -> Prediction (Sec. 4.3.2). Of each head the classifier alone runs K
+        times, since it follows the last dropout (not in the paper, which passes whole heads)."""
         h = self.shared(z.clone())                                             # M_s
         phi = {}
         uncertainty = {}
         for name, head in self.heads.items():                                  # M_h
-            features = head.features(h.clone())  # a head may work in place
+            features = head.body(h.clone())  # clones, since a layer may work in place
             phi[name], uncertainty[name] = mc_dropout(head.classifier, features, self.masks)
         chosen = select_head(phi, uncertainty, self.config.rule)               # Eq. 6
-        return Prediction(of_chosen_head(phi, chosen), chosen,
-                          of_chosen_head(uncertainty, chosen), phi)
+        p = of_chosen_head(phi, chosen)
+        return Prediction(p, chosen, of_chosen_head(uncertainty, chosen), phi)
 
-    @torch.no_grad()
-    def original_probabilities(self, z):
-        """z, what M_b gives -> class probabilities (B, C) of the untouched M."""
-        return self.original(z.clone()).float().softmax(-1)
+    def preprocess(self, image):
+        """A PIL image -> pixels (3, size, size) in [0, 1], as eval.py shows it to this student."""
+        return centre_view(v2.functional.pil_to_tensor(image.convert("RGB")), self.size) / 255
+
+def cut(network, config):
+    """Eq. 1: cut a Network into M_b, M_s and M_h, plug in heads -> RobustStudent. Its stages are
+    normalisation, stem, blocks, pooling (a ViT-B has 15); then the classifier. Raises Refusal."""
+    stages = stages_of(network, config)
+    start, head_start = find_cut(stages, network.classifier, config)
+    backbone = nn.Sequential(*stages[:start])
+    shared = nn.Sequential(*stages[start:head_start])
+    head = nn.Sequential(*stages[head_start:], network.classifier)
+    student = RobustStudent(backbone, shared, head, config)
+    student.size = network.size
+    student.class_names = network.class_names
+    if config.zero_shot:
+        student.text = network.text
+    return student
+
+def find_cut(stages, classifier, config):
+    """Indices into `stages`: where M_s starts, and where the heads, which have the last
+    --head-blocks blocks (Sec. 4.1). M_s and ONE head have --fraction of all parameters, nearly."""
+    end = len(stages)
+    head_start = max(2, end - 1 - config.head_blocks)  # normalisation and stem are in no head
+    tuned = RECIPES[config.recipe].tuned
+    if tuned == "all":
+        return 1, head_start
+    if tuned == "prompts":
+        return 2, end  # prompts enter every block; the classifier alone is the head
+    if tuned == "classifier":
+        return end, end
+    wanted = config.fraction * count_parameters(*stages, classifier)
+    misses = [abs(count_parameters(*stages[start:], classifier) - wanted)
+              for start in range(1, head_start + 1)]
+    return 1 + int(np.argmin(misses)), head_start
+
+class Head(nn.Module):
+    """M_h: last blocks, pooling, norm and projection (`body`); then dropout and the classifier."""
+    def __init__(self, layers, rate):
+        super().__init__()
+        self.body = layers[:-1]
+        self.classifier = layers[-1]
+        self.rate = rate
+
+    def forward(self, h):
+        """h, what M_s gives -> logits (B, C)."""
+        return self.classifier(F.dropout(self.body(h), self.rate, self.training))
+
+class BranchDropout(nn.Module):
+    """A residual block with dropout, while training, on what it adds to its input, if its shape
+    stays (Sec. 4.3.2; the place is not in the paper: on the sum 0.1 would be too much noise)."""
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+        self.rate = 0.0  # RobustStudent sets it
+
+    def forward(self, x):
+        if not self.training:
+            return self.block(x)
+        y = self.block(x.clone())
+        if y.ndim == 3:
+            x = x[:, :y.shape[1]]  # a block may keep the class token alone
+        if y.shape != x.shape:
+            return y
+        return x + F.dropout(y - x, self.rate)
+
+class CosineClassifier(nn.Module):
+    """scale * normalize(f) . normalize(W), (..., D) -> (..., C), as CLIP has it (Sec. 4.4). W
+    starts at the text embeddings; visual evaluation (VE) trains it, zero shot (ZS) does not."""
+    def __init__(self, weight, scale, trained):
+        super().__init__()
+        weight = F.normalize(weight.float(), dim=-1)
+        self.weight = nn.Parameter(weight) if trained else nn.Buffer(weight)
+        self.scale = nn.Buffer(torch.as_tensor(scale, dtype=torch.float32))
+
+    def forward(self, features):
+        # In bfloat16, at CLIP's scale of 100, the logits would be wrong by 0.1.
+        with torch.autocast(features.device.type, enabled=False):
+            features = F.normalize(features.float(), dim=-1)
+            return self.scale * features @ F.normalize(self.weight.float(), dim=-1).T
 
 # --- The loss (Sec. 4.3.1) ------------------------------------------------------------------------
 
@@ -294,33 +293,30 @@ def distillation(student_logits, teacher_logits, temperature):
 def student_loss(student, teacher, pixels, labels, is_clean):
     """Eqs. 3 to 5: pixels (B, 3, H, W) in [0, 1], labels (B,), is_clean (B,) bool -> scalar.
 
-    Under three heads a clean example has the original M as its teacher and reaches the clean and
-    the combined head; an augmented example has the robust teacher and reaches the unclean and the
-    combined head. No augmented example moves the clean head, nor a clean one the unclean head.
-    (Eqs. 3 and 4 name one teacher; that each kind has its own is the text of Secs. 4.3.1 and 5.)
-    All of them move M_s. Other recipes lack heads, or teachers: without one, labels alone.
-    """
+    A clean example is taught by the original and reaches the clean and the combined head. An
+    augmented example is taught by the robust teacher and reaches the unclean and the combined head.
+    (Eqs. 3 and 4 name one teacher; the text of Secs. 4.3.1 and 5 names two.)"""
     recipe = student.recipe
     learns = {"clean": is_clean, "combined": torch.ones_like(is_clean), "unclean": ~is_clean}
     with torch.no_grad():
-        z = student.backbone(pixels)                        # M_b, once for student and original
+        z = student.backbone(pixels.clone())                # M_b, once for student and original
         teacher_logits = torch.zeros(len(labels), student.classes, device=z.device)
-        has_teacher = torch.zeros(len(labels), device=z.device)
         teachers = ((recipe.clean_teacher, is_clean), (recipe.augmented_teacher, ~is_clean))
         for who, taught in teachers:
-            if who == "original":
-                teacher_logits[taught] = student.original(z[taught]).float()
-            elif who == "robust":
-                teacher_logits[taught] = teacher(pixels[taught]).float()  # it resizes them
-            has_teacher[taught] = float(who != "nobody")
+            if who == "original" and taught.any():
+                teacher_logits[taught] = student.original_top(z[taught]).float()
+            elif who == "robust" and taught.any():  # a CLIP ViT crashes on an empty batch
+                teacher_logits[taught] = teacher.eval()(pixels[taught]).float()
     h = student.shared(z)                                   # M_s
     loss = {name: torch.zeros(len(labels), device=z.device) for name in HEADS}
     for name, head in student.heads.items():
-        own = learns[name]  # the examples that reach this head; of others it has the loss 0
-        logits = head(h[own])                               # M_h
-        L_c = F.cross_entropy(logits.float(), labels[own], reduction="none")
-        L_d = distillation(logits, teacher_logits[own], student.config.temperature)
-        loss[name][own] = L_c + student.config.distill_weight * has_teacher[own] * L_d
+        own = learns[name]  # the examples that reach this head; the others add no loss
+        if own.any():
+            logits = head(h[own])                           # M_h
+            loss[name][own] = F.cross_entropy(logits.float(), labels[own], reduction="none")
+            if recipe.clean_teacher != "nobody":
+                L_d = distillation(logits, teacher_logits[own], student.config.temperature)
+                loss[name][own] += student.config.distill_weight * L_d
     L_clean = loss["clean"] + loss["combined"]              # Eq. 3, (B,), for clean examples
     L_aug = loss["unclean"] + loss["combined"]              # Eq. 4, (B,), for augmented examples
     beta = is_clean.float()
@@ -330,20 +326,19 @@ def student_loss(student, teacher, pixels, labels, is_clean):
 
 def dropout_masks(config, width):
     """K masks of inverted dropout (K, D), D = width: 0, or 1 / (1 - rate) where a feature is kept.
-    They are drawn once, for all images and heads, and saved with the student, so that a prediction
-    depends on its image alone (not in the paper)."""
+    They are drawn once, for all images and heads, so that a prediction depends on its image alone.
+    With one head there is nothing to select: one mask, of ones (neither is in the paper)."""
+    if len(RECIPES[config.recipe].heads) == 1:
+        return torch.ones(1, width)
     keep = 1 - config.dropout
     generator = torch.Generator().manual_seed(config.seed)
     draws = torch.rand(config.passes, width, generator=generator)
     return (draws < keep) / keep
 
 def mc_dropout(classifier, features, masks):
-    """MC dropout [6]: features (B, D), masks (K, D) -> phi (B, C), U_mc (B,).
-
-    phi is the mean over passes of the softmax, U_mc its standard deviation over passes. That the
-    "outputs" of Sec. 4.3.2 are probabilities, and that C deviations make one number by their mean,
-    is not in the paper.
-    """
+    """MC dropout [6]: features (B, D), masks (K, D) -> phi (B, C), U_mc (B,). phi is the mean over
+    passes of the softmax, U_mc its standard deviation over passes. That the "outputs" of Sec. 4.3.2
+    are probabilities, and that the mean over C makes one number of it, is not in the paper."""
     logits = classifier(features[:, None] * masks)          # (B, K, C), all passes at once
     p = logits.float().softmax(-1)
     return p.mean(1), p.std(1, correction=0).mean(-1)
@@ -357,10 +352,8 @@ def kl_divergence(p, q):
 def select_head(phi, uncertainty, rule="kl-u"):
     """Eq. 6: argmin over k in {c, u} of U_k * KL(phi_m || phi_k) -> (B,) index into HEADS.
 
-    phi {head: (B, C)}, uncertainty {head: (B,)}. The other rules are the paper's ablation: either
-    factor alone, or the highest probability. A tie goes to the clean head (not in the paper). A
-    combined head alone is chosen whatever the rule. Raises ValueError for an unknown rule.
-    """
+    phi {head: (B, C)}, uncertainty {head: (B,)}. Other rules are the paper's ablation: one factor
+    alone, or the highest probability. A tie goes to the clean head (not in the paper)."""
     if "clean" not in phi:
         return torch.full_like(phi["combined"][:, 0], HEADS.index("combined"), dtype=torch.long)
     score = {}
@@ -374,580 +367,429 @@ def select_head(phi, uncertainty, rule="kl-u"):
             score[name] = divergence
         elif rule == "confidence":
             score[name] = -phi[name].amax(-1)
-        else:
-            raise ValueError(f"unknown rule {rule}")
     prefers_clean = score["clean"] <= score["unclean"]
     return torch.where(prefers_clean, HEADS.index("clean"), HEADS.index("unclean"))
 
 def of_chosen_head(values, chosen):
     """values {head: (B, ...)}, chosen (B,) index into HEADS -> (B, ...), each row its head's."""
     every = torch.stack([values.get(name, values["combined"]) for name in HEADS])  # (3, B, ...)
-    return every[chosen, torch.arange(len(chosen), device=chosen.device)]
+    index = chosen.view(1, -1, *[1] * (every.ndim - 2)).expand_as(every[:1])
+    return every.gather(0, index)[0]  # gather lets torch.export keep the batch dynamic
 
 # --- Recipes: the method, and the baselines of Sec. 5 ---------------------------------------------
 
 @dataclass(frozen=True)
 class Recipe:
     """What distinguishes the methods: no code asks for a recipe's name, but what its row says."""
-
-    heads: tuple            # which of HEADS are tuned; "combined" is always one
-    clean_teacher: str      # of clean examples: "original", "robust" or "nobody"
-    augmented_teacher: str  # of augmented examples, likewise
-    cut: str                # tuning begins at "pixels", the "part" of --fraction, or "features"
-    views: str              # of "both" kinds, or "clean" alone
+    heads: tuple             # which of HEADS are tuned; "combined" is always one
+    clean_teacher: str       # of clean examples: "original", "robust" or "nobody"
+    augmented_teacher: str   # of augmented examples, likewise; "nobody" for both or for neither
+    tuned: str               # "all", the "part" of --fraction, "prompts", or the "classifier"
+    examples: str            # of "both" kinds, or "clean" alone
+    starts_at: str = "probe"  # a CLIP's classifier: at a linear probe, or at its "text" embeddings
 
 # In the paper's text single-teacher is "Only K.D." and combined-head is "combined head"; we take
 # them for the rows "Single-Teacher" and "Only K.D." of its tables. With --zero-shot, ft and apt are
-# ZS-Full and ZS-APT. Baselines too have dropout and the mean over K passes (not in the paper).
+# ZS-Full and ZS-APT. All recipes have the same dropout while training (not in the paper).
 RECIPES = {
     "three-heads":    Recipe(HEADS, "original", "robust", "part", "both"),
     "combined-head":  Recipe(("combined",), "original", "robust", "part", "both"),
     "single-teacher": Recipe(("combined",), "robust", "robust", "part", "both"),
     "apt":            Recipe(("combined",), "nobody", "nobody", "part", "both"),
-    "lp":             Recipe(("combined",), "nobody", "nobody", "features", "clean"),
-    "ft":             Recipe(("combined",), "nobody", "nobody", "pixels", "clean"),
-    "ft-augmented":   Recipe(("combined",), "nobody", "nobody", "pixels", "both"),
+    "lp":             Recipe(("combined",), "nobody", "nobody", "classifier", "clean"),
+    "vpt":            Recipe(("combined",), "nobody", "nobody", "prompts", "clean"),
+    "ft":             Recipe(("combined",), "nobody", "nobody", "all", "clean"),
+    "ft-augmented":   Recipe(("combined",), "nobody", "nobody", "all", "both"),
+    "wise-ft":        Recipe(("combined",), "nobody", "nobody", "all", "clean", "text"),
+    "wise-ft-lc":     Recipe(("combined",), "nobody", "nobody", "classifier", "clean", "text"),
 }
 
-# --- Data: D^a, clean and augmented views (Secs. 4.2, 4.3) ----------------------------------------
+class PromptedBlock(nn.Module):
+    """VPT [16]: a frozen block of a ViT that reads `count` learned tokens besides, (B, N, D) ->
+    (B, N, D). Every block has its own ("deep"); what it makes of them is dropped."""
+    def __init__(self, block, count):
+        super().__init__()
+        self.block = block
+        width = len(next(block.parameters()))  # the first norm's weight
+        self.prompts = nn.Parameter(torch.empty(count, width).uniform_(-0.1, 0.1))
 
-def image_folder(folder):
-    """([(path, label)], class names) of a folder of class folders; raises Refusal, naming it."""
-    try:
-        found = torchvision.datasets.ImageFolder(folder)
-    except OSError as error:
-        reason = str(error).split(" Supported")[0]
-        raise Refusal(f"{folder}: {reason} Expected CLASS/IMAGE files, or train/ and val/ that "
-                      "hold them.") from error
-    if set(found.classes) <= {"train", "training", "val", "valid", "validation", "test"}:
-        raise Refusal(f"{folder}: holds {', '.join(found.classes)}: parts of a data set, not "
-                      "classes; name one of them")
-    return found.samples, found.classes
+    def forward(self, x):
+        prompts = self.prompts.expand(len(x), -1, -1)
+        y = self.block(torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
+        return torch.cat([y[:, :1], y[:, 1 + prompts.shape[1]:]], dim=1)
+
+# --- Data: D^a, clean and augmented images (Secs. 4.2, 4.3) ---------------------------------------
+
+class ImageClasses(ImageFolder):
+    """The images CLASS/IMAGE of a folder: `samples` [(path, label)], `classes`. Raises Refusal."""
+    def __init__(self, folder, minimum=2):
+        try:
+            super().__init__(folder)
+        except OSError as error:
+            raise Refusal(f"{folder}: needs images CLASS/IMAGE ({error})") from error
+        folders = {os.path.dirname(path) for path, _ in self.samples}
+        if len(folders) > len(self.classes):
+            raise Refusal(f"{folder}: holds folders of folders, such as {min(folders)}; go deeper")
+        if len(self.classes) < minimum:
+            raise Refusal(f"{folder}: holds one class, {self.classes[0]}; name the folder above")
+
+    def find_classes(self, directory):
+        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        return names, {name: i for i, name in enumerate(names)}
+
+def balanced(samples, count, seed):
+    """`count` of the samples [(path, label)], equally many of each class, drawn by `seed`."""
+    drawn = Counter()
+    ranked = []
+    for index in np.random.default_rng(seed).permutation(len(samples)):
+        label = samples[index][1]
+        ranked.append((drawn[label], index))
+        drawn[label] += 1
+    return [samples[index] for _, index in sorted(ranked)[:count]]
 
 def read_image(path):
-    """uint8 (3, H, W) of an image file, not turned by its EXIF (not in the paper, but custom);
-    raises Refusal."""
+    """uint8 (3, H, W) of an image file, not turned by its EXIF, as usual. Raises Refusal."""
     try:
-        image = Image.open(path)
-        if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip to white
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError("32 bits of grey, of unknown range")
-        return v2.functional.pil_to_tensor(image.convert("RGB"))
+        return v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
     except Exception as error:  # a broken file may raise anything
-        raise Refusal(f"{path}: cannot be read ({error}); mend or replace it") from error
+        raise Refusal(f"{path}: cannot be read ({error}); replace it") from error
 
-@contextlib.contextmanager
-def own_randomness(*numbers):
-    """Within, the CPU's generator is seeded by `numbers` and one thread computes, so that what is
-    made is the same in any process at any time; the generator outside goes on as it was."""
-    seed = np.random.SeedSequence(numbers).generate_state(1)[0]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several threads round convolutions differently
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(seed))  # torch.manual_seed reseeds GPUs too
-            yield
-    finally:
-        torch.set_num_threads(threads)
+def centre_view(image, size):
+    """uint8 (3, H, W) -> uint8 (3, size, size), the view for measuring: squares of at most 64 px
+    whole, else the central 224/256 of the short side, as ImageNet is measured."""
+    if image.shape[1] == image.shape[2] <= 64:
+        return v2.functional.resize(image, [size, size], v2.InterpolationMode.BICUBIC)
+    image = v2.functional.resize(image, [size * 256 // 224])
+    return v2.functional.center_crop(image, [size, size])
+
+def set_seed(*numbers):
+    """Seeds torch by these numbers; streams of different numbers have nothing in common."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+def coin():
+    """True half of the time."""
+    return bool(torch.rand(()) < 0.5)
 
 def noise2net(image):
-    """DeepAugment's form without weights [10]: y + eps f(y), four times, of one image (3, H, W) in
-    [0, 1]; f is a Res2Net block of random weights. The published f has 64 channels, and adds
-    nothing to the group that it convolves first; this one changes the image as much (RMS 0.20) at a
-    fifth of the cost (not in the paper)."""
+    """DeepAugment's form without weights [10], of an image (3, H, W) in [0, 1]: y + eps f(y), four
+    times; f is a random Res2Net block, here of 16 channels, not 64: as strong, and faster."""
     def convolution(x, channels, kernel, dilation):
         bound = (x.shape[1] * kernel**2) ** -0.5
         weight = torch.empty(channels, x.shape[1], kernel, kernel).uniform_(-bound, bound)
         x = F.conv2d(x, weight, padding=kernel // 2 * dilation, dilation=dilation)
-        return F.instance_norm(x)  # of this image alone, so that its batch does not matter
+        return F.instance_norm(x)
 
-    mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
-    std = torch.tensor(IMAGENET_STD)[:, None, None]
-    y = ((image - mean) / std)[None]
+    y = (image[None] - 0.45) / 0.226  # ImageNet's mean and deviation
     eps = torch.empty(()).uniform_(0.375, 0.75)
     for _ in range(4):
         groups = F.relu(convolution(y, 16, 1, 1)).chunk(4, dim=1)
         outputs = [groups[0]]
         for group in groups[1:]:
-            kernel = 1 if torch.rand(()) < 0.5 else 3
+            kernel = 1 if coin() else 3
             dilation = int(torch.randint(1, 4, ()))
             outputs.append(F.relu(convolution(group + outputs[-1], 4, kernel, dilation)))
         y = y + eps * convolution(torch.cat(outputs, dim=1), 3, 1, 1)
-    return (y[0] * std + mean).clamp(0, 1)
+    return (y[0] * 0.226 + 0.45).clamp(0, 1)
 
-def centre_crop(size):
-    """The view for measuring: images of up to 64 px whole, larger ones as ImageNet is measured:
-    Resize 256, CenterCrop 224, or likewise (not in the paper; CLIP's and timm's own differ)."""
-    resized = size * 256 // 224 if size > 64 else size
-    return v2.Compose([v2.Resize(resized), v2.CenterCrop(size)])
+def mix(x, y, a, b, multiply):
+    """PixMix's step [14]: images x, y in [0, 1], weights a, b -> image in [0, 1]. They are added on
+    [-1, 1], or multiplied on [0, 2]."""
+    if multiply:
+        mixed = (2 * x) ** a * (2 * y).clamp_min(1e-6) ** b / 2  # b may be negative
+    else:
+        mixed = (a * (2 * x - 1) + b * (2 * y - 1) + 1) / 2
+    return mixed.clamp(0, 1)
 
-class CentreViews(Dataset):
-    """For measuring: index -> (image uint8 (3, size, size), label); nothing random."""
+class TrainingViews(ImageClasses):
+    """D^a: index -> (uint8 (3, size, size), label, is_clean), a function of seed, epoch and index.
+    A fair coin makes an example clean or augmented (not in the paper). Raises Refusal."""
+    size = epoch = 0  # the run sets the network's size, `fit` counts the epochs
 
-    def __init__(self, samples, size):
-        self.samples = samples
-        self.crop = centre_crop(size)
+    def __init__(self, config):
+        train = Path(config.data, "train")  # or a class of that name, which holds no folders
+        super().__init__(train if any(train.glob("*/*")) else config.data)
+        self.config = config
+        self.augment = config.augment
+        if RECIPES[config.recipe].examples == "clean":
+            self.augment = "none"
+        if config.limit:
+            self.samples = balanced(self.samples, max(config.limit, len(self.classes)), config.seed)
+        # False is not in the paper: the other operations are among ImageNet-C's corruptions.
+        self.augmix = v2.AugMix(config.severity, all_ops=False)
+        self.one_operation = v2.AugMix(config.severity, 1, 1, all_ops=False)  # width 1, depth 1
+        self.pictures = sorted(Path(config.mixing or "none").rglob("*.*"))
+        if "pixmix" in self.augment and not self.pictures:
+            raise Refusal(f"--augment {self.augment}: needs --mixing, a folder of pictures")
 
     def __getitem__(self, index):
+        set_seed(self.config.seed, self.epoch, index)
         path, label = self.samples[index]
-        return self.crop(read_image(path)), label
+        view = self.crop(read_image(path))
+        if self.augment == "none" or coin():
+            return view, label, True
+        return self.augmented(view), label, False
 
-class TrainingViews(Dataset):
-    """D^a: (epoch, index) -> (image uint8 (3, size, size), label, is_clean).
-
-    A fair coin makes an example clean or augmented in this epoch (not in the paper); without
-    augmentation all are clean. What is random follows from (seed, epoch, index), whatever the
-    processes.
-    """
-
-    def __init__(self, samples, size, augment, config):
-        self.samples = samples
-        self.augment = augment
-        self.seed = config.seed
-        crop = [v2.RandomResizedCrop(size)]
-        if size <= 64:
-            crop = [v2.Resize(size), v2.RandomCrop(size, padding=size // 8)]
-        self.crop = v2.Compose([*crop, v2.RandomHorizontalFlip()])
-        # False is not in the paper: the other operations are among ImageNet-C's corruptions.
-        self.augmix = v2.AugMix(severity=config.severity, all_ops=False)
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, key):
-        epoch, index = key
-        path, label = self.samples[index]
-        with own_randomness(self.seed, epoch, index):
-            view, is_clean = self.example(read_image(path))
-        return view, label, is_clean
-
-    def example(self, image):
-        """image -> (view, is_clean)."""
-        is_clean = bool(torch.rand(()) < 0.5) or self.augment == "none"
-        view = self.crop(image)
-        return (view if is_clean else self.augmented(view)), is_clean
+    def crop(self, image):
+        """A random part of the image, (3, size, size), flipped by a coin."""
+        return v2.RandomHorizontalFlip()(v2.RandomResizedCrop(self.size)(image))
 
     def augmented(self, view):
-        """Noise2Net on half of the views, by a coin (not in the paper), then AugMix."""
-        if self.augment == "augmix+deepaugment" and torch.rand(()) < 0.5:
-            view = (noise2net(view / 255) * 255).byte()
+        """The view by --augment. Half of the views have Noise2Net before AugMix; of augmix+pixmix a
+        coin chooses one (neither is in the paper)."""
+        if self.augment == "augmix+deepaugment" and coin():
+            view = (255 * noise2net(view / 255)).byte()
+        if self.augment == "pixmix" or (self.augment == "augmix+pixmix" and coin()):
+            return self.pixmix(view)
         return self.augmix(view)
 
-class AugMixTriples(TrainingViews):
-    """(epoch, index) -> (uint8 (3, 3, size, size), label, True): a clean view, two augmented."""
-
-    def example(self, image):
-        clean = self.crop(image)
-        return torch.stack([clean, self.augmented(clean), self.augmented(clean)]), True
-
-def batches(dataset, keys, batch_size, workers):
-    """Yields batches of dataset[key] for `keys`, in order; raises the Refusal of an item."""
-    # A sampler may yield any key: DataLoader hands it to __getitem__.
-    loader = DataLoader(dataset, batch_size, sampler=keys, num_workers=workers,
-                        pin_memory=torch.cuda.is_available())
-    try:
-        yield from loader
-    except Refusal as error:  # in a worker torch puts its traceback before the message
-        raise Refusal(str(error).rpartition("Refusal: ")[2]) from error
-
-def centre_batches(samples, size, config, title):
-    """Yields (pixels in [0, 1], labels), on the device, of this process's share of `samples`."""
-    share = range(RANK, len(samples), PROCESSES)
-    per_process = max(1, config.batch_size // PROCESSES)
-    loader = batches(CentreViews(samples, size), share, per_process, config.workers)
-    for images, labels in tqdm(loader, title, -(-len(share) // per_process), disable=RANK > 0):
-        yield images.to(config.device) / 255, labels.to(config.device)
+    def pixmix(self, view, rounds=4, beta=3.0):
+        """PixMix [14]: mix the view up to `rounds` times with a picture or an augmented copy, which
+        has one operation (AugMix of width and depth 1 comes near)."""
+        mixed = (self.one_operation(view) if coin() else view) / 255
+        for _ in range(int(torch.randint(rounds + 1, ()))):
+            if coin():
+                path = self.pictures[int(torch.randint(len(self.pictures), ()))]
+                partner = self.crop(read_image(path))
+            else:
+                partner = self.one_operation(view)
+            a = torch.distributions.Beta(beta, 1).sample()
+            b = torch.distributions.Beta(1, beta).sample()
+            if coin():
+                a = 2 - a  # 1 + Beta(1, beta)
+                b = -b
+            mixed = mix(mixed, partner / 255, a, b, multiply=coin())
+        return (255 * mixed).round().byte()
 
 # --- The training loop (Eq. 2) --------------------------------------------------------------------
 
-def count_steps(count, config):
-    """(images a step and process, steps an epoch) of `count` training images; an epoch's last,
-    smaller batch is left out. Raises Refusal."""
-    per_process = min(config.batch_size, count) // PROCESSES
-    if per_process == 0:
-        raise Refusal(f"--batch-size {config.batch_size}, {count} images: too few for {PROCESSES} "
-                      "processes")
-    return per_process, count // (per_process * PROCESSES)
-
-def training_keys(count, config, first_step):
-    """Yields the (epoch, index) keys of this process's share of the steps from `first_step` on. The
-    order follows from (seed, epoch): equal step sizes hold the same images on any number of
-    processes."""
-    per_process, per_epoch = count_steps(count, config)
-    size = per_process * PROCESSES
-    for epoch in range(first_step // per_epoch, config.epochs):
-        order = np.random.default_rng((config.seed, epoch)).permutation(count)
-        for place in range(max(0, first_step - epoch * per_epoch), per_epoch):
-            for index in order[place * size:(place + 1) * size][RANK::PROCESSES]:
-                yield epoch, int(index)
-
-def learning_rate(step, total, config):
+def get_lr(step, total, config):
     """Linear warm-up, then half a cosine down to 0 [33]."""
     warmup = min(config.warmup, total // 5)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     return config.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
-def make_optimizer(student, config):
-    """AdamW; no decay of vectors (biases, norms), nor of what a CosineClassifier divides out."""
-    cosine = [m.weight for m in student.modules() if isinstance(m, CosineClassifier)]
-    decayed = []
-    others = []
-    for p in student.parameters():
-        if p.requires_grad and p.ndim > 1 and not any(p is weight for weight in cosine):
-            decayed.append(p)
-        elif p.requires_grad:
-            others.append(p)
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-
-def autocast(device):
-    """bfloat16 on a GPU, where it needs no scaling of the loss; float32 on a CPU."""
-    kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
-
-def training_step(student, optimizer, loss_of, batch, config):
-    """One update with batch = (images uint8, labels, is_clean); returns the loss, a float. Raises
-    FloatingPointError, before the update, where the loss or a gradient is not finite."""
-    images, labels, is_clean = (t.to(config.device, non_blocking=True) for t in batch)
-    optimizer.zero_grad()
-    with autocast(config.device):
-        loss = loss_of(images / 255, labels, is_clean)
-    loss.backward()
-    tuned = [p for p in student.parameters() if p.requires_grad]
-    if PROCESSES > 1:
-        for p in tuned:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= PROCESSES
-    norm = nn.utils.clip_grad_norm_(tuned, 1.0)  # as in [33], not in the paper
-    if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-        raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
-    optimizer.step()
-    for module in student.modules():
-        if isinstance(module, CosineClassifier) and module.weight.requires_grad:
-            module.renormalise()
-    return loss.item()
-
-def fit(student, loss_of, views, config, write):
-    """Eq. 2: minimise loss_of(pixels, labels, is_clean) over theta_s and theta_h.
-
-    views: TrainingViews. write(): saves the student, after each epoch; the last one is kept, none
-    is chosen on val/. Dropout follows from (seed, rank, step), views and order from the seed, so
-    that --resume needs weights, optimiser and step alone. Leaves the student in eval mode. Raises
-    Refusal where a loss, gradient or weight is not finite.
-    """
-    student.to(config.device)
-    optimizer = make_optimizer(student, config)
-    settings = settings_of(student, len(views), config)
-    first_step = read_state(student, optimizer, settings, config) if can_resume(config) else 0
-    if PROCESSES > 1:
-        torch.distributed.barrier()  # all have read the state before one replaces it
-    per_process, per_epoch = count_steps(len(views), config)
-    steps = config.epochs * per_epoch
-    if config.resume and RANK == 0:
-        print(f"resume    after step {first_step} of {steps}")
-    keys = training_keys(len(views), config, first_step)
-    loader = batches(views, keys, per_process, config.workers)
-    waited = 0.0
-    started = time.perf_counter()
-    with tqdm(desc="training", total=steps, initial=first_step, unit=" images", mininterval=2,
-              unit_scale=per_process * PROCESSES, disable=RANK > 0) as bar:
-        for step in range(first_step, steps):
-            asked = time.perf_counter()
-            batch = next(loader)
-            waited += time.perf_counter() - asked
-            seed = np.random.SeedSequence((config.seed, RANK, step)).generate_state(1)[0]
-            torch.manual_seed(int(seed))  # of dropout
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, config)
-            ends_epoch = (step + 1) % per_epoch == 0
-            saves = ends_epoch or (config.save_every > 0 and (step + 1) % config.save_every == 0)
-            try:
-                loss = training_step(student.train(), optimizer, loss_of, batch, config)
-                if saves:
-                    check_finite(student)
-            except FloatingPointError as error:
-                raise not_finite(error, step, per_epoch, config) from error
-            if saves:
-                average_statistics(student)
-            if saves and RANK == 0:
-                write_state(student, optimizer, step + 1, settings, config)
-            if ends_epoch and RANK == 0:
-                write()
-            share = waited / (time.perf_counter() - started)
-            bar.set_postfix_str(f"loss {loss:.3f}, {share:.0%} waiting for data", refresh=False)
-            bar.update()
-    student.eval()
-    if RANK == 0:
-        if first_step == steps:
-            write()  # an earlier run ended between its last state and this
-        state_file(config).unlink(missing_ok=True)
-    if PROCESSES > 1:
-        torch.distributed.barrier()  # the others may read what rank 0 wrote
-
-def not_finite(error, step, per_epoch, config):
-    """The Refusal that ends a run which diverged at `step`."""
-    stays = "stays as it was" if Path(config.out).is_file() else "was not written yet"
-    return Refusal(f"epoch {step // per_epoch + 1}, step {step % per_epoch + 1}: {error}; "
-                   f"{config.out} {stays}; try a lower --lr or --temperature")
-
-def check_finite(student):
-    """Raises FloatingPointError, naming the first tuned tensor that holds NaN or infinity."""
-    for name, value in tuned_state(student).items():
-        if not value.isfinite().all():
-            raise FloatingPointError(f"{name} is not finite")
-
-def average_statistics(student):
-    """Where batch-norm statistics are trained each process has its own: make them the mean."""
-    if PROCESSES > 1 and student.trains_statistics:
-        for name, value in student.named_buffers():
-            if "running" in name:
-                torch.distributed.all_reduce(value)
-                value /= PROCESSES
-
-# --- The robust teacher (Sec. 4.2) ----------------------------------------------------------------
-
-def teacher_loss(tuned, jsd, pixels, labels):
-    """The published AugMix loss [12]: cross-entropy of the clean view + jsd * Jensen-Shannon
-    divergence of all three; pixels (B, 3, 3, H, W), labels (B,) -> scalar."""
-    views = pixels.transpose(0, 1).flatten(0, 1)                        # (3 B, 3, H, W)
-    logits = tuned.heads["combined"](tuned.shared(tuned.backbone(views))).float()
-    phi = logits.softmax(-1).unflatten(0, (3, -1))                      # (3, B, C)
-    divergence = 0.0
-    for p in phi:
-        divergence = divergence + kl_divergence(p, phi.mean(0)).mean() / 3
-    return F.cross_entropy(logits[:len(labels)], labels) + jsd * divergence
-
-def save_teacher(tuned, network, path):
-    """Write `network` whole, with the weights of `tuned`: cut at the pixels, its shared section and
-    head hold stem, blocks, pool and classifier in order."""
-    head = tuned.heads["combined"]
-    stages = [*tuned.shared, *head.body]
-    teacher = copy.copy(network)
-    teacher._modules = {"prepare": tuned.backbone[0], "stem": stages[0],
-                        "blocks": nn.Sequential(*stages[1:-1]), "pool": stages[-1],
-                        "classifier": head.classifier}
-    save_network(teacher, path)
-
-# --- A run: data, the original, and what is tuned -------------------------------------------------
-
-def train(config):
-    """Sec. 4.3: cut the student, plug in its heads, tune them on D^a, write the plug-in. Raises
-    Refusal.
-
-    With --make-teacher, Sec. 4.2, the same is done by the recipe ft-augmented: one head, labels
-    alone, tuned from the pixels on, with a student's dropout; --jsd adds its term. A whole network
-    is written.
-    """
-    name = config.make_teacher or config.student
-    if config.make_teacher:
-        config = replace(config, recipe="ft-augmented")
-    recipe = RECIPES[config.recipe]
-    needs_teacher = "robust" in (recipe.clean_teacher, recipe.augmented_teacher)
-    if needs_teacher and not config.teacher:
-        raise Refusal(f"--recipe {config.recipe} needs --teacher FILE.pt; see --make-teacher")
-    if config.zero_shot and (config.make_teacher or config.recipe == "lp"):
-        raise Refusal("--zero-shot keeps the classifier: not with --make-teacher or --recipe lp")
-    if config.jsd and (not config.make_teacher or config.augment == "none"):
-        raise Refusal("--jsd: only with --make-teacher and augmented views")
-    if config.augment == "none" and "unclean" in recipe.heads:
-        raise Refusal("--augment none: the unclean head would have nothing to learn from")
-    if config.dropout == 0 and config.rule in ("kl-u", "u") and "unclean" in recipe.heads:
-        raise Refusal(f"--dropout 0: leaves no uncertainty for --rule {config.rule} to compare")
-    resumes = can_resume(config)
-    samples, class_names = training_images(config)
-    teacher = load_teacher(config, class_names) if needs_teacher else None
-    count_steps(len(samples), config)  # refuses before the long work
-    network = load_network(name, config.pretrained, config.image_size, config.model_args,
-                           config.seed)
-    has_probe = give_classifier(network, class_names, config) and not resumes
-    augment = "none" if recipe.views == "clean" else config.augment
-    triples = config.jsd > 0
-    kind = AugMixTriples if triples else TrainingViews
-    views = kind(samples, network.size, augment, config)
-    if RANK == 0:
-        announce(name, network, views, has_probe, config)
-    network.to(config.device)
-    if has_probe:
-        probe(network, samples, config)
-    student = assemble(network, config)
-
-    def loss_of(pixels, labels, is_clean):
-        if triples:
-            return teacher_loss(student, config.jsd, pixels, labels)
-        return student_loss(student, teacher, pixels, labels, is_clean)
-
-    def write():
-        if config.make_teacher:
-            save_teacher(student, network, config.out)
-        else:
-            save(student, config.out)
-
-    fit(student, loss_of, views, config, write)
-
-def training_images(config):
-    """([(path, label)], class names) of --data; raises Refusal where the folder is wrong."""
-    folder = Path(config.data)
-    train_folder = folder / "train"  # or a class of this name, without folders in it
-    has_folders = train_folder.is_dir() and any(path.is_dir() for path in train_folder.iterdir())
-    if has_folders or (train_folder.is_dir() and (folder / "val").is_dir()):
-        folder = train_folder
-    samples, class_names = image_folder(folder)
-    if len(class_names) < 2:
-        raise Refusal(f"{folder}: holds one class folder, {class_names[0]}; give the folder that "
-                      "holds all")
-    if config.limit:
-        drawn = np.random.default_rng(config.seed).permutation(len(samples))[:config.limit]
-        samples = [samples[i] for i in sorted(drawn)]
-        if config.limit < len(class_names):
-            raise Refusal(f"--limit {config.limit}: take at least one image a class, of "
-                          f"{len(class_names)}")
-    return samples, class_names
-
-def check_classes(what, names, expected):
-    """Raises Refusal where `names` are not the classes of --data."""
-    if list(names) != list(expected):
-        raise Refusal(f"{what} has {len(names)} classes ({', '.join(names[:3])} ...), --data has "
-                      f"{len(expected)} ({', '.join(expected[:3])} ...): they must agree")
-
-def load_teacher(config, class_names):
-    """The robust teacher, frozen; raises Refusal where its classes are not those of --data."""
-    teacher = load_network(config.teacher)
-    outputs = 0 if teacher.classifier is None else len(teacher.classifier.weight)
-    if teacher.class_names is not None:
-        check_classes(f"--teacher {config.teacher}", teacher.class_names, class_names)
-    elif outputs != len(class_names):
-        raise Refusal(f"--teacher {config.teacher}: has {outputs} outputs, --data has "
-                      f"{len(class_names)} classes; see --make-teacher")
-    elif RANK == 0:
-        print(f"teacher   {config.teacher} names no classes: taken in the order of the folders")
-    return teacher.to(config.device).requires_grad_(False)
-
-def give_classifier(network, names, config):
-    """Gives `network` a classifier for the classes of --data; returns whether visual evaluation
-    (VE) must begin with a linear probe (Sec. 5). Raises Refusal.
-
-    Its own classifier stays where it is known to be of these classes. Otherwise the text embeddings
-    are one, where there are any: ZS takes them as they are, the probe starts from them.
-    """
-    if config.zero_shot and network.text_embeddings is None:
-        raise Refusal(f"--zero-shot: {config.student} has no text encoder")
-    if network.classifier is not None and network.class_names == names:
-        return False
-    network.class_names = names
-    if network.text_embeddings is not None:
-        weight, scale = network.text_embeddings(names, device=config.device)
-        network.classifier = CosineClassifier(weight, scale, trained=not config.zero_shot)
-    else:
-        with torch.no_grad(), own_randomness(config.seed, 1):  # not as its other weights
-            features = network.features(torch.zeros(1, 3, network.size, network.size))
-            network.classifier = nn.Linear(features.shape[1], len(names))
-    return not config.zero_shot and not network.is_random  # random features are worth no probe
-
-def probe(network, samples, config):
-    """Fits the classifier to the training images, as Sec. 5 does for LP. It makes the original M
-    that every recipe starts from, `lp` too. That a teacher begins with it is not in the paper: it
-    keeps what it knew."""
-    linear_probe(*all_features(network, samples, config), network.classifier)
-    if PROCESSES > 1:
-        for p in network.classifier.parameters():
-            torch.distributed.broadcast(p.data, src=0)
+def make_optimizer(model, config):
+    """AdamW over the trainable parameters, without decay of biases, norms and cosine rows."""
+    rows = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, CosineClassifier)]
+    groups = timm.optim.param_groups_weight_decay(model, config.weight_decay, True, rows)
+    return torch.optim.AdamW(groups)
 
 @torch.no_grad()
-def all_features(network, samples, config):
-    """(features (n, D), labels (n,)) of centre crops; processes share the work, all get all."""
-    features = []
-    labels = []
-    for pixels, y in centre_batches(samples, network.size, config, "features"):
-        with autocast(config.device):
-            features.append(network.features(pixels).float().cpu())
-        labels.append(y.cpu())
-    shares = [(torch.cat(features), torch.cat(labels))]
+def renormalise(model):
+    """Trained cosine rows back to length 1 (not in the paper): short ones have large gradients."""
+    for module in model.modules():
+        if isinstance(module, CosineClassifier) and module.weight.requires_grad:
+            module.weight.copy_(F.normalize(module.weight, dim=-1))
+
+def autocast():
+    """bfloat16 on a GPU, where it needs no scaling of the loss; float32 on a CPU."""
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
+
+def batches(views, config):
+    """(loader, sampler) of this process's share of each step, which holds the same images on any
+    number of processes; an epoch's last, smaller step is left out. Raises Refusal."""
+    per_process = min(config.batch_size, len(views)) // PROCESSES
+    if per_process == 0:
+        raise Refusal(f"--batch-size, or {len(views)} images: fewer than {PROCESSES} processes")
+    sampler = DistributedSampler(views, PROCESSES, RANK, seed=config.seed, drop_last=True)
+    loader = DataLoader(views, per_process, sampler=sampler, drop_last=True,
+                        num_workers=config.workers, pin_memory=DEVICE == "cuda")
+    print(f"images    {len(views)} of {len(views.classes)} classes, augmented by {views.augment}; "
+          f"{config.epochs * len(loader)} steps of {per_process * PROCESSES} on {DEVICE}")
+    return loader, sampler
+
+def fit(model, loss_of, views, config, write, progress=None):
+    """Eq. 2: minimise loss_of(pixels, labels, is_clean) over the trainable parameters of `model`.
+    write(path, **progress) saves it, after each epoch into a .part file, with what --resume needs
+    as `progress`, at the end into config.out. Raises Refusal for a loss or gradient of NaN."""
+    model.to(DEVICE)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.zeros_like(p)  # a head that sees no example has gradient 0, not None
+    optimizer = make_optimizer(model, config)
+    first_epoch = 0
+    if progress is not None:
+        optimizer.load_state_dict(progress["optimizer"])
+        first_epoch = progress["epoch"]
+    loader, sampler = batches(views, config)
+    steps = config.epochs * len(loader)
+    for epoch in range(first_epoch, config.epochs):
+        sampler.set_epoch(epoch)
+        views.epoch = epoch
+        model.train()
+        bar = tqdm(loader, f"epoch {epoch + 1} of {config.epochs}", mininterval=2, disable=RANK > 0)
+        for step, batch in enumerate(bar, epoch * len(loader)):
+            images, labels, is_clean = (t.to(DEVICE, non_blocking=True) for t in batch)
+            set_seed(config.seed, RANK, step)  # of dropout
+            for group in optimizer.param_groups:
+                group["lr"] = get_lr(step, steps, config)
+            with autocast():
+                loss = loss_of(images / 255, labels, is_clean)
+            optimizer.zero_grad(set_to_none=False)
+            loss.backward()
+            for p in trained:
+                if PROCESSES > 1:
+                    torch.distributed.all_reduce(p.grad)
+                    p.grad /= PROCESSES
+            norm = nn.utils.clip_grad_norm_(trained, 1.0)  # as in [33], not in the paper
+            if not math.isfinite(loss.item() + norm.item()):
+                raise Refusal(f"epoch {epoch + 1}: loss {loss.item()}, gradient {norm}; lower --lr")
+            optimizer.step()
+            renormalise(model)
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        model.eval()
+        if RANK == 0:
+            write(f"{config.out}.part", epoch=epoch + 1, optimizer=optimizer.state_dict())
+    if RANK == 0:
+        write(config.out)
+        Path(f"{config.out}.part").unlink()
+
+# --- A run: the student, or its robust teacher (Secs. 4.2, 4.3) -----------------------------------
+
+def robustify(config):
+    """Sec. 4.3: cut the student, tune it on D^a under its heads, write it. Raises Refusal."""
+    recipe = RECIPES[config.recipe]
+    if "unclean" in recipe.heads and (config.augment == "none" or config.dropout == 0):
+        raise Refusal("three heads need augmented images to learn from and dropout to be chosen by")
+    if config.zero_shot and recipe.tuned == "classifier":
+        raise Refusal(f"--zero-shot keeps the classifier, all that --recipe {config.recipe} tunes")
+    progress = unfinished_run(config, "plug-in")
+    views = TrainingViews(config)
+    teacher = nn.Identity()  # of recipes without one
+    if "robust" in (recipe.clean_teacher, recipe.augmented_teacher):
+        teacher = load_teacher(config, views.classes).to(DEVICE)
+    seen = f"{len(views)} images, teacher {fingerprint(teacher)}"
+    if progress is None:
+        network = load_network(config.student, config.image_size, config.seed)
+        give_classifier(network, views, config)
+        set_seed(config.seed)  # of new prompts
+        student = cut(network, config)
+        describe(student, count_parameters(network))
+    else:
+        student = load(f"{config.out}.part")
+        if progress["seen"] != seen:
+            raise Refusal(f"--resume: was {progress['seen']}, is now {seen}")
+    views.size = student.size
+    loss_of = partial(student_loss, student, teacher)
+    fit(student, loss_of, views, config, partial(save, student, seen=seen), progress)
+
+def make_teacher(config):
+    """Sec. 4.2: train a whole network on D^a with labels alone, and write it. It begins with a
+    linear probe, so that it keeps what it knew (not in the paper). Raises Refusal."""
+    config = replace(config, recipe="ft-augmented")
+    progress = unfinished_run(config, "network")
+    views = TrainingViews(config)
+    if progress is None:
+        network = load_network(config.make_teacher, config.image_size, config.seed)
+        give_classifier(network, views, config)
+        print(f"network   {config.make_teacher}, {network.size} px, {network.prepare[1]}")
+    else:
+        network = read_network(f"{config.out}.part")
+    network.trains_statistics = config.make_teacher.endswith(":none")
+    views.size = network.size
+
+    def loss_of(pixels, labels, is_clean):
+        return F.cross_entropy(network(pixels).float(), labels)
+
+    fit(network, loss_of, views, config, partial(save_network, network, config=config), progress)
+
+def load_teacher(config, class_names):
+    """The robust teacher for these classes, frozen. Raises Refusal where it has others."""
+    if not config.teacher:
+        raise Refusal(f"--recipe {config.recipe} needs --teacher FILE.pt; see --make-teacher")
+    teacher = load_network(config.teacher)
+    if not keep_classes(teacher, class_names):
+        raise Refusal(f"--teacher {config.teacher}: knows not all classes of --data by name")
+    return teacher.requires_grad_(False)
+
+def give_classifier(network, views, config):
+    """Gives `network`, the original M from now on, a classifier for the classes of --data: its own
+    rows where it knows them; else a CLIP's text embeddings, which zero shot (ZS) takes as they are
+    and from which visual evaluation (VE) starts a linear probe; else a probe. Raises Refusal."""
+    if config.zero_shot and network.text is None:
+        raise Refusal(f"--zero-shot: {config.student} has no text encoder")
+    if keep_classes(network, views.classes):
+        return
+    network.class_names = views.classes
+    stays = config.zero_shot
+    if network.text is not None:
+        embeddings = embed_text(network.text, views.classes)
+        network.classifier = CosineClassifier(*embeddings, trained=not config.zero_shot)
+        stays = stays or RECIPES[config.recipe].starts_at == "text"
+    else:
+        network.classifier = nn.Linear(network.width, len(views.classes))
+    if not stays:
+        linear_probe(*all_features(network.to(DEVICE), views), network.classifier)
+
+def keep_classes(network, names):
+    """Cuts the classifier to the classes `names`, where it knows all; returns whether it does."""
+    known = network.class_names or []
+    if network.classifier is None or not set(names) <= set(known):
+        return False
+    rows = [known.index(name) for name in names]
+    for p in network.classifier.parameters():
+        p.data = p.data[rows]
+    network.class_names = names
+    return True
+
+@torch.no_grad()
+def all_features(network, views):
+    """(features (n, D), labels (n,)) of all images as they are measured; processes share them."""
+    centre = copy.copy(views)
+    centre.augment = "none"
+    centre.crop = partial(centre_view, size=network.size)
+    share = Subset(centre, range(RANK, len(views), PROCESSES))
+    loader = DataLoader(share, 64, num_workers=views.config.workers)
+    found = []
+    for images, labels, _ in tqdm(loader, "features", mininterval=2, disable=RANK > 0):
+        with autocast():
+            found.append((network.features(images.to(DEVICE) / 255).float().cpu(), labels))
+    everyone = [found]
     if PROCESSES > 1:
-        mine = shares[0]
-        shares = [None] * PROCESSES
-        torch.distributed.all_gather_object(shares, mine)
-    features = torch.cat([share[0] for share in shares]).to(config.device)
-    return features, torch.cat([share[1] for share in shares]).to(config.device)
+        everyone = [None] * PROCESSES
+        torch.distributed.all_gather_object(everyone, found)
+    pairs = [pair for part in everyone for pair in part]
+    return [torch.cat(column).to(DEVICE) for column in zip(*pairs)]
 
 def linear_probe(features, labels, classifier, weight_decay=1e-4):
-    """Fits `classifier` in place to features (n, D) and labels (n,) by L-BFGS: mean cross-entropy;
-    for an nn.Linear also weight_decay * squared norm of the weight. A CosineClassifier divides its
-    norm out: decay would only shrink it."""
-    linear = isinstance(classifier, nn.Linear)
-    if linear:
-        for p in classifier.parameters():
-            nn.init.zeros_(p)
+    """Fits `classifier` in place to features (n, D) and labels (n,) by L-BFGS: mean cross-entropy,
+    for an nn.Linear also weight_decay * squared norm of the weight, which a cosine divides out."""
+    is_linear = isinstance(classifier, nn.Linear)
     optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=1000,
                                   line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()
-        total = torch.zeros((), device=features.device)
-        if linear:
-            total = weight_decay * classifier.weight.square().sum()
-            total.backward()
-        for x, y in zip(features.split(8192), labels.split(8192)):
-            loss = F.cross_entropy(classifier(x), y, reduction="sum") / len(labels)
-            loss.backward()
-            total = total + loss.detach()
-        return total
+        loss = F.cross_entropy(classifier(features), labels)
+        loss = loss + weight_decay * is_linear * classifier.weight.square().sum()
+        loss.backward()
+        return loss
 
     optimizer.step(objective)
-    if not linear:
-        classifier.renormalise()
+    renormalise(classifier)
+    for p in classifier.parameters():
+        if PROCESSES > 1:
+            torch.distributed.broadcast(p.data, src=0)
 
-def announce(name, network, views, has_probe, config):
-    """Print what is about to happen, in one block."""
-    stages = ["pixels", "stem", *(f"block {i + 1}" for i in range(len(network.blocks))), "pool"]
+def describe(student, total):
+    """Print what is cut where, and who teaches whom; total: the network's number of parameters."""
+    head = student.heads["combined"]
+    every = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    tuned = every - (len(student.heads) - 1) * count_parameters(head)
+    print(f"network   {student.config.student}, {student.size} px, {student.backbone[0][1]}")
+    print(f"cut       {len(student.backbone)} stages frozen, {len(student.shared)} shared, "
+          f"{len(head.body)} in each head; tuned {tuned / total:.1%}, with all {every / total:.1%}")
+    if student.recipe.tuned == "part" and len(student.shared) == 0:
+        more = (tuned + count_parameters(student.backbone[-1])) / total
+        print(f"          nothing is shared; --fraction {more:.2f} would share one block")
+    print(f"recipe    {student.recipe}")
 
-    def span(start, end):
-        if start >= end:
-            return "nothing"
-        return stages[start] if end == start + 1 else f"{stages[start]} to {stages[end - 1]}"
-
-    cut, head_start = find_cut(network, config)
-    recipe = RECIPES[config.recipe]
-    one = tuned_share(network, cut)
-    head = tuned_share(network, head_start)
-    per_process, per_epoch = count_steps(len(views), config)
-    print(f"network   {name}: {count_parameters(network) / 1e6:.2f} M parameters, "
-          f"{network.size} px; frozen {span(0, cut)}; shared {span(cut, head_start)}; in each head "
-          f"{span(head_start, len(stages))}, classifier")
-    print(f"tuned     {config.recipe}: {one:.1%} of the parameters, with all heads "
-          f"{one + (len(recipe.heads) - 1) * head:.1%}")
-    if recipe.cut == "part" and abs(one - config.fraction) > 0.15 * config.fraction:
-        print(f"          not --fraction {config.fraction:.1%}: one head has {head:.1%}, and only "
-              "whole blocks can be shared (--head-blocks 0: none in a head)")
-    teachers = {"original": "the original", "robust": config.teacher, "nobody": "labels alone"}
-    print(f"heads     {', '.join(recipe.heads)}; clean examples are taught by "
-          f"{teachers[recipe.clean_teacher]}, augmented by {teachers[recipe.augmented_teacher]}")
-    print(f"images    {len(views)} of {len(network.class_names)} classes, augmented by "
-          f"{views.augment}")
-    if has_probe:
-        print("probe     first a classifier for these classes; the network with it is the original")
-    print(f"training  {config.epochs} epochs, {config.epochs * per_epoch} steps of "
-          f"{per_process * PROCESSES} images, AdamW, lr {config.lr:g}, on {config.device}; writes "
-          f"{config.out}", flush=True)
-
-# --- Networks: where a library's network is cut ---------------------------------------------------
-
-class Sections(NamedTuple):
-    """A library's network taken apart (Sec. 4.1)."""
-
-    stem: nn.Module            # normalised pixels -> activations
-    blocks: list               # of modules, activations -> activations
-    pool: nn.Module            # the last block's activations -> features (B, D)
-    classifier: nn.Module      # features -> logits (B, C); None or nn.Identity in a bare tower
-    class_token: bool = False  # activations are tokens (B, N, D), of which the first is pooled
+# --- Networks: how a library's network is loaded, and taken apart ---------------------------------
 
 class Part(nn.Module):
     """The children and parameters of `net` named in `names`, with a forward pass of their own: the
     library's methods then run on parts that can be frozen or copied apart."""
-
     def __init__(self, net, names, run):
         super().__init__()
         self.net = copy.copy(net)
@@ -959,29 +801,20 @@ class Part(nn.Module):
         return self.run(self.net, x)
 
 class ClassTokenBlock(nn.Module):
-    """The last block of a CLIP ViT, of which the class token alone is pooled, (B, N, D) ->
-    (B, 1, D): keys and values of all tokens, query, projection and MLP of one. Exact, for a sixth
-    of the cost (not in the paper). `whole` computes all tokens, as the library does: for --cost."""
-
-    whole = False
-
+    """The last block of a CLIP ViT, which pools the class token alone, (B, N, D) -> (B, 1, D): keys
+    and values of all, query and MLP of one. Exact, a sixth of the cost (not in the paper)."""
     def __init__(self, block):
         super().__init__()
         self.block = block
 
     def forward(self, x):
         block = self.block
-        if self.whole:
-            return block(x)[:, :1]
         tokens = block.ln_1(x)
         y = x[:, :1] + block.ls_1(block.attention(tokens[:, :1], tokens, tokens))
         return y + block.ls_2(block.mlp(block.ln_2(y)))
 
 def split_open_clip_vit(net):
-    """Sections of an open_clip VisionTransformer."""
-    def stem(net, x):
-        return net._embeds(x)
-
+    """(stem, blocks, pool) of an open_clip VisionTransformer."""
     def pool(net, x):
         return net._pool(x)[0] @ net.proj
 
@@ -990,73 +823,38 @@ def split_open_clip_vit(net):
     if pools_class_token and type(blocks[-1]) is open_clip.transformer.ResidualAttentionBlock:
         blocks[-1] = ClassTokenBlock(blocks[-1])
     first = ["conv1", "class_embedding", "positional_embedding", "patch_dropout", "ln_pre"]
-    last = ["attn_pool", "ln_post", "proj"]
-    return Sections(Part(net, first, stem), blocks, Part(net, last, pool), None, pools_class_token)
+    stem = Part(net, first, type(net)._embeds)
+    return stem, blocks, Part(net, ["attn_pool", "ln_post", "proj"], pool)
 
 def split_open_clip_resnet(net):
-    """Sections of an open_clip ModifiedResNet."""
-    def stem(net, x):
-        return net.stem(x)
-
+    """(stem, blocks, pool) of an open_clip ModifiedResNet."""
     first = [name for name in net._modules if not name.startswith(("layer", "attnpool"))]
-    blocks = [*net.layer1, *net.layer2, *net.layer3, *net.layer4]
-    return Sections(Part(net, first, stem), blocks, net.attnpool, None)
+    stem = Part(net, first, type(net).stem)
+    return stem, [*net.layer1, *net.layer2, *net.layer3, *net.layer4], net.attnpool
 
 def split_timm_vit(net):
-    """Sections of a timm VisionTransformer."""
+    """(stem, blocks, pool) of a timm VisionTransformer."""
     def stem(net, x):
         return net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(x))))
 
     def pool(net, x):
-        if net.global_pool == "token":
-            x = x[:, :1]  # the norm of the others would be for nothing
-        return net.forward_head(net.norm(x), pre_logits=True)
+        return net.forward_head(net.norm(x))
 
     first = ["patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop",
              "norm_pre"]
-    last = ["norm", "attn_pool", "fc_norm", "head_drop"]
-    return Sections(Part(net, first, stem), list(net.blocks), Part(net, last, pool),
-                    net.get_classifier(), net.global_pool == "token")
+    last = ["norm", "attn_pool", "fc_norm", "head_drop", "head"]
+    return Part(net, first, stem), net.blocks, Part(net, last, pool)
 
 def split_timm_resnet(net):
-    """Sections of a timm ResNet."""
-    def stem(net, x):
-        return net.maxpool(net.act1(net.bn1(net.conv1(x))))
-
-    def pool(net, x):
-        return net.forward_head(x, pre_logits=True)
-
-    blocks = [*net.layer1, *net.layer2, *net.layer3, *net.layer4]
-    first = Part(net, ["conv1", "bn1", "act1", "maxpool"], stem)
-    return Sections(first, blocks, Part(net, ["global_pool"], pool), net.get_classifier())
+    """(stem, blocks, pool) of a timm ResNet."""
+    stem = nn.Sequential(net.conv1, net.bn1, net.act1, net.maxpool)
+    return stem, [*net.layer1, *net.layer2, *net.layer3, *net.layer4], net.global_pool
 
 def split_timm_efficientnet(net):
-    """Sections of a timm EfficientNet."""
-    def stem(net, x):
-        return net.bn1(net.conv_stem(x))
-
-    def pool(net, x):
-        return net.forward_head(net.bn2(net.conv_head(x)), pre_logits=True)
-
+    """(stem, blocks, pool) of a timm EfficientNet."""
     blocks = [block for stage in net.blocks for block in stage]
-    return Sections(Part(net, ["conv_stem", "bn1"], stem), blocks,
-                    Part(net, ["conv_head", "bn2", "global_pool"], pool), net.get_classifier())
-
-def split_torchvision_vit(net):
-    """Sections of a torchvision VisionTransformer."""
-    def stem(net, x):
-        tokens = torch.cat([net.class_token.expand(len(x), -1, -1), net._process_input(x)], dim=1)
-        return net.dropout(tokens + net.pos_embedding)
-
-    def pool(net, x):
-        return net.heads(net.ln(x[:, 0]))
-
-    for name in ("pos_embedding", "dropout", "ln"):
-        setattr(net, name, getattr(net.encoder, name))
-    classifier = net.heads.head
-    net.heads.head = nn.Identity()
-    first = Part(net, ["conv_proj", "class_token", "pos_embedding", "dropout"], stem)
-    return Sections(first, net.encoder.layers, Part(net, ["ln", "heads"], pool), classifier, True)
+    stem = nn.Sequential(net.conv_stem, net.bn1)
+    return stem, blocks, nn.Sequential(net.conv_head, net.bn2, net.global_pool)
 
 FAMILIES = {
     "open_clip VisionTransformer": split_open_clip_vit,
@@ -1064,246 +862,143 @@ FAMILIES = {
     "timm VisionTransformer": split_timm_vit,
     "timm ResNet": split_timm_resnet,
     "timm EfficientNet": split_timm_efficientnet,
-    "torchvision VisionTransformer": split_torchvision_vit,
 }
 
-class Preprocess(nn.Module):
-    """pixels (B, 3, H, W) in [0, 1] -> (B, 3, size, size), normalised, as this network wants it."""
-
-    def __init__(self, size, mean, std):
-        super().__init__()
-        self.resize = v2.Resize((size, size), v2.InterpolationMode.BICUBIC)
-        self.mean = nn.Buffer(torch.tensor(mean)[:, None, None])
-        self.std = nn.Buffer(torch.tensor(std)[:, None, None])
-
-    def forward(self, pixels):
-        normalised = (self.resize(pixels) - self.mean) / self.std
-        return normalised.contiguous(memory_format=torch.channels_last)  # convolutions are faster
-
-class Network(nn.Module):
-    """A whole network M: pixels (B, 3, H, W) in [0, 1] -> logits (B, C). Raises Refusal where its
-    family is not one of FAMILIES."""
-
-    def __init__(self, net, size, mean, std):
-        super().__init__()
-        family = f"{type(net).__module__.split('.')[0]} {type(net).__name__}"
-        if family not in FAMILIES:
-            raise Refusal(f"cannot split a {family}: not one of {', '.join(FAMILIES)}; give "
-                          "RobustStudent your own modules")
-        sections = FAMILIES[family](net)
-        self.prepare = Preprocess(size, mean, std)
-        self.stem = sections.stem
-        self.blocks = nn.Sequential(*(BranchDropout(block) for block in sections.blocks))
-        self.pool = sections.pool
-        self.classifier = None                  # a bare tower has none yet
-        if isinstance(sections.classifier, nn.Linear):
-            self.classifier = sections.classifier
-        self.class_token = sections.class_token
-        self.size = int(size)                   # of the input, in pixels
-        self.class_names = None                 # of the outputs, None where unknown
-        self.text_embeddings = None             # CLIP: (names, templates, device) -> (W, scale)
-        self.is_random = False                  # its weights were never trained
-        self.source = None                      # arguments of load_network that give this network
-        self.architecture = None                # those that give it with random weights
-
-    def features(self, pixels):
-        """pixels (B, 3, H, W) in [0, 1] -> (B, D), what the classifier sees."""
-        return self.pool(self.blocks(self.stem(self.prepare(pixels))))
-
-    def forward(self, pixels):
-        return self.classifier(self.features(pixels))
-
-    def stages(self):
-        """All but the classifier, in order: what may be frozen, shared, or in a head. A ViT-B has
-        15: 0 prepare, 1 stem, 2 to 13 its blocks, 14 pool."""
-        return [self.prepare, self.stem, *self.blocks, self.pool]
-
-def copy_description(source, target):
-    """Tells `target` what `source` knows of its images, classes and origin."""
-    for name in ("size", "class_names", "class_token", "text_embeddings", "source"):
-        setattr(target, name, getattr(source, name))
+def stages_of(network, config):
+    """[normalisation, stem, blocks ..., pooling] of a Network. Raises Refusal."""
+    family = f"{type(network.net).__module__.split('.')[0]} {type(network.net).__name__}"
+    needs_vit = RECIPES[config.recipe].tuned == "prompts"
+    if family not in FAMILIES or (needs_vit and "VisionTransformer" not in family):
+        raise Refusal(f"--recipe {config.recipe}: not for a {family}; for {', '.join(FAMILIES)}")
+    stem, blocks, pool = FAMILIES[family](network.net)
+    return [network.prepare, stem, *map(BranchDropout, blocks), pool]
 
 def count_parameters(*modules):
     """Number of parameters."""
     return sum(p.numel() for module in modules for p in module.parameters())
 
-def tuned_share(network, start):
-    """Share of the network's parameters from the stage of index `start` to the classifier."""
-    tuned = count_parameters(*network.stages()[start:], network.classifier)
-    return tuned / count_parameters(network)
+def keep_statistics(model):
+    """Batch norm keeps the statistics of pre-training, while training too (not in the paper)."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return model
 
-def find_cut(network, config):
-    """Indices into network.stages(): where M_s begins, and where M_h begins (Sec. 4.1).
+class Network(nn.Module):
+    """A whole network M: pixels (B, 3, H, W) in [0, 1] -> logits (B, C)."""
+    trains_statistics = False  # of batch norm, in training mode
+    class_names = None         # of the outputs, None where unknown
+    text = None                # of a CLIP: (the model, its tokenizer)
 
-    The cut "part" brings the share of M_s and one M_h as close to config.fraction as whole blocks
-    allow.
-    """
-    end = len(network.stages())
-    head_start = max(2, end - 1 - config.head_blocks)  # prepare and stem are in no head
-    if RECIPES[config.recipe].cut == "pixels":
-        return 1, head_start  # stage 0, prepare, has no weights
-    if RECIPES[config.recipe].cut == "features":
-        return end, end
-    starts = range(1, head_start + 1)
-    misses = [abs(tuned_share(network, start) - config.fraction) for start in starts]
-    return starts[int(np.argmin(misses))], head_start
+    def __init__(self, name, net, classifier, size, mean, std):
+        super().__init__()
+        self.name = name              # load_network(f"{name}:none", size) has this architecture
+        self.size = size              # of the input, in pixels
+        resize = v2.Resize((size, size), v2.InterpolationMode.BICUBIC)
+        self.prepare = nn.Sequential(resize, v2.Normalize(mean, std))
+        self.prepare.looks = nn.Buffer(torch.tensor([mean, std]))  # for the fingerprint
+        self.net = net.eval()         # a library's, without classifier: -> features (B, D)
+        self.classifier = classifier  # features -> logits; None in a bare tower
+        with torch.no_grad():
+            self.width = self.features(torch.zeros(1, 3, size, size)).shape[1]  # D
 
-def assemble(network, config):
-    """RobustStudent of a Network, cut as config.recipe says: Eq. 1."""
-    cut, head_start = find_cut(network, config)
-    stages = network.stages()
-    head = nn.Sequential(*stages[head_start:], network.classifier)
-    shared = nn.Sequential(*stages[cut:head_start])
-    student = RobustStudent(nn.Sequential(*stages[:cut]), shared, head, config)
-    copy_description(network, student)
-    student.trains_statistics = network.is_random and student.recipe.cut == "pixels"
-    return student
+    def train(self, mode=True):
+        super().train(mode)
+        return self if self.trains_statistics else keep_statistics(self)
 
-# --- Networks: loading ----------------------------------------------------------------------------
+    def features(self, pixels):
+        """pixels (B, 3, H, W) in [0, 1] -> (B, D), what the classifier sees."""
+        return self.net(self.prepare(pixels))
 
-# What wrong arguments and mutated files cause in the libraries' constructors and in ours.
-DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
-          ValueError)
+    def forward(self, pixels):
+        return self.classifier(self.features(pixels))
 
-def check_model_args(model_args):
-    """Raises Refusal unless the arguments only shape a network: they may come from a file, and the
-    libraries' constructors also take other files, addresses and ways of unpickling."""
-    if not isinstance(model_args, dict):
-        raise Refusal("--model-args: must be a JSON object of keyword arguments")
-    for key, value in model_args.items():
-        loads = re.search("pretrained|checkpoint|weights|cache|file|url|hf|cfg|config", str(key))
-        if loads or not re.fullmatch(r"[\w\s.,+\-\[\]']*", str(value)):
-            raise Refusal(f"--model-args {key}: only numbers, booleans, words and lists of them, "
-                          "and only what shapes a network")
-
-def is_checkpoint(name):
-    """Whether the name of a network is a file of robustify.py: no NAME:FILE, no library's name."""
-    return name.endswith(".pt") and ":" not in name
-
-def load_network(name, pretrained="", image_size=0, model_args=None, seed=0):
-    """A Network by open_clip, timm or torchvision NAME, NAME:FILE, or a .pt of --make-teacher.
-
-    pretrained: a TAG of the library, a FILE with a state dict, "none" for random weights (drawn by
-    `seed`), or "" for the default. Raises Refusal.
-    """
-    name = str(name)
-    pretrained = str(pretrained)
-    if is_checkpoint(name):
-        if pretrained or image_size or model_args:
-            raise Refusal(f"{name}: has its own weights, size and arguments; give no --pretrained, "
-                          "--image-size or --model-args")
+def load_network(name, image_size=0, seed=0):
+    """A Network by its name: NAME of open_clip or timm (default weights, of open_clip OpenAI's),
+    NAME:TAG of open_clip, NAME.TAG of timm, NAME:FILE with the mean and std of NAME's default tag,
+    NAME.TAG:FILE with TAG's, NAME:none with random weights, FILE.pt of ours. Raises Refusal."""
+    if name.endswith(".pt") and (Path(name).is_file() or ":" not in name):
         return read_network(name)
-    family, _, file = name.partition(":")
-    if file and pretrained:
-        raise Refusal(f"{name}: brings its own weights; give no --pretrained {pretrained}")
-    if Path(pretrained).is_file():
-        file = pretrained
-    weights = None
-    tag = pretrained
-    if file:
-        weights = read_state_dict(file)
-        tag = "none"
-    model_args = dict(model_args or {})
-    check_model_args(model_args)
+    family, _, weights = name.partition(":")
     if timm.is_model(family):
         build = build_timm
-    elif family in torchvision.models.list_models():
-        build = build_torchvision
-    elif family in open_clip.list_models():
+    elif family.partition(".")[0] in open_clip.list_models():
         build = build_open_clip
     else:
-        raise Refusal(f"{name}: not an open_clip, timm or torchvision name, nor a .pt file")
+        raise Refusal(f"{name}: no name of open_clip or timm (weights of a file: NAME:FILE)")
+    set_seed(seed)
     try:
-        for layer in ("fc", "classifier", "head", "heads.head"):  # names of classifiers
-            if weights and f"{layer}.weight" in weights:
-                model_args.setdefault("num_classes", len(weights[f"{layer}.weight"]))
-        with own_randomness(seed):  # of random weights
-            network = build(family, tag, weights, image_size, model_args)
-    except (*DAMAGE, OSError) as error:
-        # An unknown tag or argument, or weights that do not fit or cannot be had.
-        way_out = "" if file else " (--pretrained takes TAG, FILE, none)"
-        raise Refusal(f"{name}: {str(error)[:300]}{way_out}") from error
-    network.source = {"name": name, "pretrained": pretrained, "image_size": image_size,
-                      "model_args": model_args, "seed": seed}
-    network.architecture = {"name": family, "pretrained": "none", "image_size": network.size,
-                            "model_args": model_args}
-    network.is_random = tag == "none" and not file
-    classifier = network.classifier
-    if not network.is_random and classifier is not None and classifier.out_features == 1000:
-        network.class_names = timm.data.ImageNetInfo().label_names()  # by custom, in this order
-    return network.eval()
+        network = build(family, weights, image_size)
+    except Exception as error:  # the libraries raise anything
+        lines = [line.strip()[:110] for line in str(error).splitlines()[:3]]
+        raise Refusal(f"{name}: {' '.join(lines) or type(error).__name__}") from error
+    return network.eval().to(memory_format=torch.channels_last)  # convolutions are faster
 
-def build_timm(name, tag, weights, image_size, model_args):
-    """Network of timm, with the size, mean and std of its tag."""
-    if image_size and re.search("vit|deit|eva|beit|aimv2", name):
-        model_args["img_size"] = image_size
-    if tag not in ("", "none"):
-        name = f"{name}.{tag}"
-    if weights is not None:
-        model_args.setdefault("num_classes", 0)  # a file without classifier (MAE and the like)
-    net = timm.create_model(name, pretrained=tag != "none", **model_args)
-    if weights is not None:
-        net.load_state_dict(weights)
+def build_timm(name, weights, image_size):
+    """Network of timm. Raises Refusal where its logits are no linear layer on its features."""
+    options = {"pretrained": weights != "none"}
+    if weights not in ("", "none"):
+        if not Path(weights).is_file():
+            raise Refusal(f"no such file {weights}; timm's tags follow a dot, {name}.TAG")
+        # Without their number a classifier of other classes would become a random one.
+        layer = timm.get_pretrained_cfg(name).classifier
+        classes = len(timm.models.load_state_dict(weights).get(f"{layer}.weight", ()))
+        overlay = {"file": weights, "num_classes": classes, "custom_load": False}
+        options = {"pretrained": True, "num_classes": classes, "pretrained_cfg_overlay": overlay}
+    net = timm.create_model(name, **options).eval()
+    if image_size and hasattr(net, "set_input_size"):
+        net.set_input_size(img_size=image_size)  # of a ViT
     known = net.pretrained_cfg
     size = image_size or known["input_size"][-1]
-    if isinstance(net, timm.models.VisionTransformer):
-        size = net.patch_embed.img_size[0]  # --model-args may have set it
-    return Network(net, size, known["mean"], known["std"])
-
-def build_torchvision(name, tag, weights, image_size, model_args):
-    """Network of torchvision."""
-    if image_size and "vit" in name:
-        model_args["image_size"] = image_size
-    tag = {"": "DEFAULT", "none": None}.get(tag, tag)
-    net = torchvision.models.get_model(name, weights=tag, **model_args)
-    if weights is not None:
-        net.load_state_dict(weights)
-    size = image_size or getattr(net, "image_size", 224)
-    return Network(net, size, IMAGENET_MEAN, IMAGENET_STD)
-
-def build_open_clip(name, tag, weights, image_size, model_args):
-    """Network of a CLIP's image tower. OpenAI's and some other weights need QuickGELU: open_clip
-    lists which, but create_model does not apply it. It becomes one of `model_args`."""
-    if tag == "":
-        tag = "openai"
-    if tag == "none":
-        tag = None
-    elif tag not in open_clip.list_pretrained_tags_by_model(name):
-        tags = ", ".join(["none", *open_clip.list_pretrained_tags_by_model(name)])
-        raise Refusal(f"{name}: open_clip has no weights {tag} for it; --pretrained takes {tags}")
-    if tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"):
-        model_args.setdefault("quick_gelu", True)
-    clip = open_clip.create_model(name, pretrained=tag, force_image_size=image_size or None,
-                                  **model_args).eval()
-    if weights is not None:
-        clip.load_state_dict(weights)
-        if "quickgelu" not in name and "quick_gelu" not in model_args and RANK == 0:
-            print(f"network   {name} has GELU; OpenAI's weights need {name}-quickgelu:FILE")
-    tower = clip.visual
-    clip.visual = nn.Identity()
-    tokenizer = open_clip.get_tokenizer(name)
-
-    def text_embeddings(names, templates=open_clip.OPENAI_IMAGENET_TEMPLATES, device="cpu"):
-        """phi_text(Y) (C, D), the mean over templates, and exp(logit_scale) (Sec. 4.4)."""
-        wnids = timm.data.ImageNetInfo().label_names()
-        in_words = dict(zip(wnids, open_clip.IMAGENET_CLASSNAMES))
-        names = [in_words.get(name, name.replace("_", " ")) for name in names]
-        weight = open_clip.build_zero_shot_classifier(
-            clip.to(device), tokenizer, names, templates, device=device, use_tqdm=RANK == 0)
-        return weight.T.contiguous(), clip.logit_scale.exp().item()
-
-    preprocess = tower.preprocess_cfg
-    network = Network(tower, int(np.max(tower.image_size)), preprocess["mean"], preprocess["std"])
-    network.text_embeddings = text_embeddings
+    x = torch.rand(1, 3, size, size)
+    classifier = net.get_classifier()
+    with torch.no_grad():
+        expected = net(x)
+        net.reset_classifier(0)
+        if isinstance(classifier, nn.Identity):
+            classifier = None
+        elif not torch.allclose(classifier(net(x)), expected, atol=1e-3):
+            raise Refusal("its logits are no linear layer on its features")
+    network = Network(name, net, classifier, size, known["mean"], known["std"])
+    if classifier is not None and weights != "none" and classifier.out_features == 1000:
+        network.class_names = timm.data.ImageNetInfo().label_names()  # in this order by custom
     return network
 
+def build_open_clip(name, weights, image_size):
+    """Network of a CLIP's image tower. OpenAI's and some other weights need QuickGELU: open_clip
+    lists which, but create_model does not apply it."""
+    name, _, tag = name.partition(".")
+    tag = tag or weights or "openai"
+    known = open_clip.get_pretrained_cfg(name, tag)
+    clip = open_clip.create_model(name, pretrained=None if weights == "none" else weights or tag,
+                                  force_quick_gelu=known.get("quick_gelu", False),
+                                  force_image_size=image_size or None).eval()
+    tower = clip.visual
+    clip.visual = nn.Identity()
+    looks = {**tower.preprocess_cfg, **known}
+    size = int(np.max(tower.image_size))
+    network = Network(f"{name}.{tag}", tower, None, size, looks["mean"], looks["std"])
+    network.text = (clip.requires_grad_(False), open_clip.get_tokenizer(name))
+    return network
+
+def embed_text(text, names, templates=open_clip.OPENAI_IMAGENET_TEMPLATES):
+    """phi_text(Y) (C, D), the mean over templates, and exp(logit_scale) (Sec. 4.4). ImageNet's
+    wnids stand for its words; other names that are numbers raise Refusal."""
+    clip, tokenizer = text
+    in_words = dict(zip(timm.data.ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES))
+    words = [in_words.get(name, name.replace("_", " ")) for name in names]
+    for word in words:
+        if re.fullmatch(r"\d+|n\d{8}", word):
+            raise Refusal(f"class {word}: no word for a text encoder; rename its folder")
+    weight = open_clip.build_zero_shot_classifier(clip.to(DEVICE), tokenizer, words, templates,
+                                                  device=DEVICE, use_tqdm=RANK == 0)
+    clip.to("cpu")
+    return weight.T.contiguous(), clip.logit_scale.exp().item()
+
 def set_classes(model, names, weight, scale):
-    """Gives a Network, or a RobustStudent of --zero-shot, other classes (Sec. 4.4): names, text
-    embeddings (C, D) and their scale. Raises Refusal where the classifier was trained."""
+    """Gives a bare CLIP, or a student of --zero-shot, other classes: what embed_text returns."""
     if isinstance(model, Network):
         model.classifier = CosineClassifier(weight, scale, trained=False).to(weight.device)
-    elif not model.config.zero_shot:
-        raise Refusal("only a student of --zero-shot takes new class names")
     for module in model.modules():
         if isinstance(module, CosineClassifier):
             module.weight = F.normalize(weight, dim=-1).to(module.weight.device)
@@ -1311,462 +1006,243 @@ def set_classes(model, names, weight, scale):
     model.class_names = list(names)
     model.classes = len(names)
 
-def classifier_from(state, zero_shot):
+def classifier_from(state, trained):
     """The classifier that has this state dict."""
     if "scale" in state:
-        classifier = CosineClassifier(state["weight"], state["scale"], trained=not zero_shot)
+        classifier = CosineClassifier(state["weight"], state["scale"], trained)
     else:
         classes, width = state["weight"].shape
         classifier = nn.Linear(width, classes, bias="bias" in state)
     classifier.load_state_dict(state)
     return classifier
 
-# --- Files: plug-ins, whole networks, states of --resume ------------------------------------------
+# --- Files: plug-ins, whole networks, unfinished runs ---------------------------------------------
 
-def read_tensors(path):
-    """torch.load of tensors and plain data, so that no code in the file runs; raises Refusal."""
+def write_file(path, kind, **content):
+    """Tensors and plain data, atomically: a crash or a full disk leaves the older file whole.
+    Raises Refusal."""
+    temporary = Path(f"{path}.new")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old pickles, which fail below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except FileNotFoundError as error:
-        way_out = ""
-        if str(path).endswith(".pt"):
-            way_out = (f"; robustify.py makes a teacher with --make-teacher NAME --out {path}, "
-                       f"a plug-in with --student NAME --out {path}")
-        raise Refusal(f"{path}: no such file{way_out}") from error
+        torch.save({"kind": kind, **content}, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise Refusal(f"{path}: cannot be written ({error}); older files stay") from error
+
+def read_file(path, kind=""):
+    """What write_file wrote; no code in it runs. kind: "plug-in", "network", or "" for either.
+    Raises Refusal."""
+    if not Path(path).is_file():
+        raise Refusal(f"{path}: no such file; for a teacher: --make-teacher NAME --out {path}")
+    try:
+        damaged = zipfile.ZipFile(path).testzip()
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = content["kind"]
     except Exception as error:  # a broken file may raise anything
-        raise Refusal(f"{path}: not a readable checkpoint (truncated, of another format, or with "
-                      "code in it); make or download it again, or save its state_dict() "
-                      "alone") from error
-
-def read_checkpoint(path, kind):
-    """The content of a file of robustify.py; kind: "plug-in", "network", "state" or "any" of them.
-    Raises Refusal, also where a bit of it was changed."""
-    content = read_tensors(path)
-    found = str(content.get("format")) if isinstance(content, dict) else ""
-    ours = found.startswith("robustify ")
-    if not ours or (kind != "any" and found != f"robustify {kind}"):
-        raise Refusal(f"{path}: not a {kind} that robustify.py wrote")
-    with refusing_damage(path):
-        if content.pop("sha256", "") != digest(content):
-            raise ValueError("its checksum is another")
+        raise Refusal(f"{path}: broken, with code in it, or weights (NAME:{path})") from error
+    if damaged or kind not in ("", found):
+        raise Refusal(f"{path}: is a {'damaged ' * bool(damaged)}{found}; wanted is a {kind}")
     return content
-
-def digest(content):
-    """sha256, in hex, of nested dicts, lists, tensors and plain values."""
-    total = hashlib.sha256()
-
-    def add(value):
-        if isinstance(value, dict):
-            value = list(value.items())
-        if isinstance(value, (list, tuple)):
-            total.update(f"[{len(value)}]".encode())
-            for part in value:
-                add(part)
-        elif isinstance(value, torch.Tensor):
-            total.update(f"{tuple(value.shape)}{value.dtype}".encode())
-            total.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        else:
-            total.update(f"{value!r};".encode())
-
-    add(content)
-    return total.hexdigest()
 
 def fingerprint(*modules):
     """sha256, in hex, of the modules' tensors and their names."""
-    return digest([module.state_dict() for module in modules])
-
-def read_state_dict(path):
-    """A plain state dict, as people publish it; raises Refusal."""
-    content = read_tensors(path)
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and key in content:
-            content = content[key]
-    if not isinstance(content, dict):
-        raise Refusal(f"{path}: holds no state dict")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
-
-def can_be_written(path):
-    """Whether `path` is or may become a file: its folder is there and takes files."""
-    path = Path(path).absolute()
-    takes_files = path.parent.is_dir() and os.access(path.parent, os.W_OK)
-    return takes_files and (path.is_file() or not path.exists())
-
-def replace_file(path, content):
-    """Write bytes atomically: a crash or a full disk leaves the older file whole."""
-    temporary = Path(f"{path}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            os.fsync(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-def write_checkpoint(kind, content, path):
-    """What read_checkpoint reads; raises Refusal where it cannot be written."""
-    content = {"format": f"robustify {kind}", **content}
-    buffer = io.BytesIO()
-    torch.save({**content, "sha256": digest(content)}, buffer)
-    try:
-        replace_file(path, buffer.getbuffer())
-    except OSError as error:
-        raise Refusal(f"{path}: cannot be written ({error.strerror}); the older file stays; make "
-                      "room and use --resume") from error
-
-@contextlib.contextmanager
-def refusing_damage(path):
-    """Within, all that the content of a mutated checkpoint can cause is one Refusal."""
-    try:
-        yield
-    except DAMAGE as error:
-        raise Refusal(f"{path}: damaged, or of another version of robustify.py: "
-                      f"{str(error)[:200]}") from error
-
-FROZEN = ("backbone.", "original.")  # what a plug-in does not hold
+    total = hashlib.sha256()
+    for module in modules:
+        for name, value in module.state_dict().items():
+            total.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            total.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 def tuned_state(student):
-    """The tensors that a plug-in holds: all that are not FROZEN."""
-    state = student.state_dict()
-    return {name: value for name, value in state.items() if not name.startswith(FROZEN)}
+    """The tensors of a plug-in: all but those of the backbone, of the original, and of blocks that
+    stay frozen under prompts."""
+    frozen = {name for name, p in student.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in student.state_dict().items()
+            if name not in frozen and not name.startswith(("backbone.", "original_top."))}
 
-def load_tuned(student, tuned):
-    """Sets exactly the tensors of tuned_state; raises KeyError, naming one that is missing or does
-    not belong there."""
-    different = tuned.keys() ^ tuned_state(student).keys()
-    if different:
-        raise KeyError(min(different))
-    student.load_state_dict(tuned, strict=False)
+def save(student, path, **progress):
+    """The plug-in: tuned part, config, class names, the original's classifier, a fingerprint of all
+    that is frozen; progress of an unfinished run. Raises Refusal."""
+    write_file(path, "plug-in", config=asdict(student.config), tuned=tuned_state(student),
+               class_names=student.class_names, classifier=student.original_top[1][-1].state_dict(),
+               fingerprint=fingerprint(student.backbone, student.original_top), **progress)
 
-def save(student, path):
-    """The plug-in: tuned part, config, class names, where M comes from and its fingerprint."""
-    classifier = None
-    if student.source:
-        classifier = student.original[1][-1].state_dict()
-    write_checkpoint("plug-in", {
-        "tuned": tuned_state(student), "config": asdict(student.config), "source": student.source,
-        "class_names": student.class_names, "classifier": classifier,
-        "fingerprint": fingerprint(student.backbone, student.original)}, path)
-
-def load(path, backbone=None, shared=None, head=None, class_names=None, alpha=1.0):
-    """robust.pt -> RobustStudent in eval mode: pixels in, class probabilities out.
-
-    backbone, shared, head: your own modules, where it was tuned on such. class_names: new classes
-    for a student of --zero-shot. alpha: interpolation with the original (WiSE-FT). Raises Refusal
-    where the file is no whole plug-in or was tuned on other weights.
-    """
-    saved = read_checkpoint(path, "plug-in")
-    with refusing_damage(path):
-        config = Config(**saved["config"])
-        given = [module for module in (backbone, shared, head) if module is not None]
-        if not given:
-            student = assemble(original_network(path, saved), config)
-        elif len(given) == 3:
-            student = RobustStudent(backbone, shared, head, config)
-        else:
-            raise Refusal(f"{path}: give backbone, shared and head together, or none of them")
-        found = fingerprint(student.backbone, student.original)
-        if found != saved["fingerprint"]:
-            name = student.source["name"] if student.source else "this one"
-            raise Refusal(f"{path}: tuned on a network with fingerprint "
-                          f"{saved['fingerprint'][:16]}, {name} has {found[:16]}; load the "
-                          "weights that it was tuned on")
-        load_tuned(student, saved["tuned"])
-        student.class_names = saved["class_names"]
+def load(path, modules=None, class_names=None, alpha=1.0):
+    """robust.pt -> RobustStudent in eval mode, on the CPU: pixels in, class probabilities out.
+    modules: your own (backbone, shared, head), if tuned on such. class_names: new ones, for a
+    --zero-shot student. alpha: from 0, the original, to 1, tuned (WiSE-FT [33]). Raises Refusal for
+    what is no whole plug-in, or was tuned on other weights."""
+    saved = read_file(path, "plug-in")
+    config = Config(**saved["config"])
+    if modules is None:
+        student = cut(load_original(path), config)
+    else:
+        student = RobustStudent(*modules, config)
+    if fingerprint(student.backbone, student.original_top) != saved["fingerprint"]:
+        raise Refusal(f"{path}: tuned on other weights than {config.student or 'these'} has now")
+    if alpha != 1 and student.recipe.tuned == "prompts":
+        raise Refusal(f"{path}: alpha: the original has no prompts to interpolate with")
+    state = student.state_dict()  # until now the original's, in every head
+    for name, value in saved["tuned"].items():
+        state[name] = torch.lerp(state[name], value, alpha) if value.is_floating_point() else value
+    student.load_state_dict(state)
+    student.class_names = saved["class_names"]
     if class_names is not None:
-        if student.text_embeddings is None:
-            raise Refusal(f"{path}: has no text encoder for new class names")
-        set_classes(student, class_names, *student.text_embeddings(class_names))
-    return student if alpha == 1 else interpolated(student, alpha)
-
-def interpolated(student, alpha):
-    """WiSE-FT [33]: a student of weights (1 - alpha) * original + alpha * tuned, in every head. It
-    shares its frozen parts with `student`."""
-    shared, head = student.original
-    mixed = RobustStudent(student.backbone, shared, head, student.config)
-    mixed.to(student.masks.device)
-    mixed.original = student.original
-    copy_description(student, mixed)
-    tuned = tuned_state(student)
-    with torch.no_grad():
-        for name, value in tuned_state(mixed).items():
-            if value.is_floating_point():
-                value.lerp_(tuned[name], alpha)
-    return mixed.eval()
-
-def beside(path, name):
-    """`name`, which may be or end with a file. Where that is not in its place, one of its name
-    beside the plug-in at `path` serves: both may have been moved."""
-    family, colon, file = name.rpartition(":")
-    candidate = Path(path).parent / Path(file).name
-    if Path(file).suffix and candidate.is_file() and not Path(file).is_file():
-        return f"{family}{colon}{candidate}"
-    return name
+        if student.text is None:
+            raise Refusal(f"{path}: only a student of --zero-shot takes new class names")
+        set_classes(student, class_names, *embed_text(student.text, class_names))
+    return student
 
 def load_original(path):
-    """The whole Network M that the plug-in at `path` was tuned from; raises Refusal."""
-    return original_network(path, read_checkpoint(path, "plug-in"))
-
-def original_network(path, saved):
-    """As load_original, of the content of the file; load compares fingerprints."""
-    with refusing_damage(path):
-        source = saved["source"]
-        if not source:
-            raise Refusal(f"{path}: tuned on modules of your own; give backbone, shared and head")
-        moved = {key: beside(path, source[key]) for key in ("name", "pretrained") if key in source}
-        try:
-            network = load_network(**{**source, **moved})
-        except Refusal as error:
-            raise Refusal(f"{path}: needs the network that it was tuned on, where it was or beside "
-                          f"it: {error}") from error
-        network.classifier = classifier_from(saved["classifier"], saved["config"]["zero_shot"])
-        network.class_names = saved["class_names"]
+    """The whole Network that the plug-in at `path` was tuned from. Raises Refusal."""
+    saved = read_file(path, "plug-in")
+    config = saved["config"]
+    if not config["student"]:
+        raise Refusal(f"{path}: was tuned on modules of your own; give them to `load`")
+    network = load_network(config["student"], config["image_size"], config["seed"])
+    network.classifier = classifier_from(saved["classifier"], trained=not config["zero_shot"])
+    network.class_names = saved["class_names"]
     return network
 
-def save_network(network, path):
-    """A whole Network, which read_network reads."""
-    write_checkpoint("network", {
-        "architecture": network.architecture, "state": network.state_dict(),
-        "class_names": network.class_names}, path)
+def save_network(network, path, config, **progress):
+    """A whole Network, for load_network. Raises Refusal."""
+    write_file(path, "network", config=asdict(config), name=network.name, size=network.size,
+               class_names=network.class_names, classifier=network.classifier.state_dict(),
+               state=network.state_dict(), **progress)
 
 def read_network(path):
-    """The Network in a .pt of --make-teacher; nothing else is read or fetched. Raises Refusal."""
-    saved = read_checkpoint(path, "network")
-    with refusing_damage(path):
-        state = saved["state"]
-        architecture = saved["architecture"]
-        if re.search(r"[:/]|\.pt$", architecture["name"]):
-            raise ValueError("its architecture is a file")
-        network = load_network(**{**architecture, "pretrained": "none"})
-        classifier = {k.removeprefix("classifier."): v for k, v in state.items()
-                      if k.startswith("classifier.")}
-        network.classifier = classifier_from(classifier, zero_shot=False)
-        network.load_state_dict(state)
-        network.class_names = saved["class_names"]
-    network.text_embeddings = None  # the file holds no text tower
-    network.is_random = False
-    network.source = {"name": path}
+    """The Network in a file of --make-teacher; nothing else is read or fetched. Raises Refusal."""
+    saved = read_file(path, "network")
+    network = load_network(f"{saved['name']}:none", saved["size"])
+    network.classifier = classifier_from(saved["classifier"], trained=True)
+    network.load_state_dict(saved["state"])
+    network.class_names = saved["class_names"]
+    network.text = None
     return network
 
-FREE_TO_CHANGE = ("workers", "resume", "save_every", "data", "out", "teacher")  # when resuming
-
-def state_file(config):
-    """Where an interrupted run leaves what --resume goes on from."""
-    return Path(f"{config.out}.state")
-
-def can_resume(config):
-    """Whether --resume finds a state beside config.out. Raises Refusal where there is only
-    config.out: that run is over."""
+def unfinished_run(config, kind):
+    """What an interrupted run left in --out.part, or None where a run begins. Raises Refusal."""
+    part = Path(f"{config.out}.part")
+    if not part.is_file():
+        if config.resume and Path(config.out).is_file():
+            raise Refusal(f"--resume: {config.out} is finished; there is no {part}")
+        if config.resume:
+            print("resume    nothing is there to resume: from the beginning")
+        return None
     if not config.resume:
-        return False
-    has_state = state_file(config).is_file()
-    if not has_state and Path(config.out).is_file():
-        raise Refusal(f"--resume: {config.out} is finished, or of another run: there is no "
-                      f"{state_file(config)}; remove {config.out} to start anew")
-    return has_state
+        raise Refusal(f"{part}: left by an interrupted run; go on with --resume, or remove it")
+    saved = read_file(part, kind)
+    for name, before in saved["config"].items():
+        now = getattr(config, name)
+        if now != before and name not in ("data", "out", "teacher", "workers", "resume"):
+            raise Refusal(f"--resume: --{name} was {before}, is now {now}; or remove {part}")
+    print(f"resume    after epoch {saved['epoch']} of {config.epochs}")
+    return saved
 
-def settings_of(student, images, config):
-    """What must be the same when a run goes on, and FREE_TO_CHANGE. A teacher's file may have
-    moved, but not changed."""
-    teacher = config.teacher
-    file = Path(teacher.rpartition(":")[2])
-    if file.is_file():
-        teacher = hashlib.sha256(file.read_bytes()).hexdigest()
-    return {**asdict(config), "processes": PROCESSES, "images": images,
-            "classes": student.class_names, "content of the teacher": teacher,
-            "frozen backbone": fingerprint(student.backbone)}
+# --- The demo, on drawn shapes, with no download; main -------------------------------------------
 
-def write_state(student, optimizer, step, settings, config):
-    """All that --resume needs after `step` steps. The probe is in it since a GPU does not repeat it
-    to the bit."""
-    write_checkpoint("state", {
-        "settings": settings, "step": step, "tuned": tuned_state(student),
-        "optimizer": optimizer.state_dict(), "original": student.original.state_dict()},
-        state_file(config))
+@timm.models.register_model
+def robustify_demo(pretrained=False, **options):
+    """A narrow ResNet of 0.2 M parameters, whose last two of ten blocks hold about a fifth."""
+    return timm.models.resnet18(layers=[1, 1, 2, 6], channels=[16, 32, 32, 32], stem_type="deep",
+                                stem_width=8, **options)
 
-def read_state(student, optimizer, settings, config):
-    """Sets student and optimizer to the state beside config.out; returns its step. Raises Refusal
-    where it is of other settings or another M_b."""
-    path = state_file(config)
-    saved = read_checkpoint(path, "state")
-    with refusing_damage(path):
-        for name, value in saved["settings"].items():
-            if name not in FREE_TO_CHANGE and settings[name] != value:
-                raise Refusal(f"--resume: {name} was {value} and is now {settings[name]}; give the "
-                              f"same settings, or remove {path}")
-        student.original.load_state_dict(saved["original"])
-        load_tuned(student, saved["tuned"])
-        optimizer.load_state_dict(saved["optimizer"])
-        return saved["step"]
-
-# --- The demo: the whole method on drawn shapes, with no download ---------------------------------
-
-SHAPES = ("disk", "ring", "square", "frame", "triangle", "outline", "bar", "slit")
-
-def draw(index, rng):
-    """SHAPES[index] on a grating, uint8 (64, 64, 3). A faint fine texture gives the class away: a
-    shortcut that a plainly trained network takes, and that noise and blur destroy."""
-    y, x = np.mgrid[-1:1:64j, -1:1:64j]
-
-    def grating(rate, angle):
-        return np.sin(rate * (x * np.cos(angle) + y * np.sin(angle)))[..., None]
-
-    scale = rng.uniform(0.4, 0.8)
-    u = (x - rng.uniform(-0.3, 0.3)) / scale
-    v = (y - rng.uniform(-0.3, 0.3)) / scale
-    corners = (0, 4, 3, 2)[index // 2]
-    if corners == 0:
-        distance = np.hypot(u, v)
-    elif corners == 2:
-        distance = np.maximum(abs(u) * 3, abs(v)) - 0.2
-    else:
-        sector = 2 * np.pi / corners
-        angle = (np.arctan2(v, u) + rng.uniform(-0.3, 0.3)) % sector - sector / 2
-        distance = np.hypot(u, v) * np.cos(angle)
-    inside = distance < 0.7
-    if index % 2:
-        inside &= distance > 0.35
-    image = rng.uniform(0.2, 0.8, 3) + 0.2 * grating(rng.uniform(4, 12), rng.uniform(0, np.pi))
-    image[inside] = rng.uniform(0, 1, 3)
-    if rng.random() < 0.7:
-        image += 0.1 * grating(40, np.pi * index / 8)
-    image += rng.normal(0, 0.03, image.shape)
-    return (255 * image.clip(0, 1)).astype(np.uint8)
+def draw(kind, rng):
+    """A triangle, square or disk (kind // 2), filled or hollow (kind % 2), 64 px. A faint texture
+    gives the class away: a shortcut for plain training, which noise destroys."""
+    image = Image.new("RGB", (64, 64), tuple(rng.integers(50, 200, 3)))
+    colour = tuple(rng.integers(0, 256, 3))
+    circle = (*rng.uniform(22, 42, 2), rng.uniform(14, 24))
+    fill = colour if kind % 2 == 0 else None
+    ImageDraw.Draw(image).regular_polygon(circle, (3, 4, 30)[kind // 2], rng.uniform(0, 360),
+                                          fill=fill, outline=colour, width=4)
+    y, x = np.mgrid[:64, :64]
+    angle = np.pi * kind / 6
+    texture = 25 * np.sin(1.3 * (x * np.cos(angle) + y * np.sin(angle))) * (rng.random() < 0.7)
+    pixels = np.asarray(image) + texture[..., None] + rng.normal(0, 8, (64, 64, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 def demo(folder="demo"):
-    """Draw the images, train a stand-in large student and a robust teacher, tune the student by the
-    method and by its baseline APT. Raises Refusal where the folder holds other images."""
-    paths = []
-    for i in range(3000):
-        part = "train" if i < 2400 else "val"
-        paths.append(Path(folder, part, SHAPES[i % 8], f"{i:04}.png"))
-    if not set(Path(folder).glob("*/*/*")) <= set(paths):
-        raise Refusal(f"{folder}: holds files that are not the demo's; move it away")
+    """Draw images, train a stand-in for the large student and a robust teacher, tune the student by
+    the method and by its baseline APT."""
     rng = np.random.default_rng(0)
-    for i, path in enumerate(paths):
+    for i in range(2400):
+        part = "train" if i < 1800 else "val"
+        path = Path(folder, part, f"kind{i % 6}", f"{i:04}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw(i % 8, rng)).save(path)
-    common = Config(data=folder, severity=4, batch_size=64, workers=2)
-    stem = {"stem_type": "deep", "stem_width": 8}
-    student = {"layers": [1, 1, 2, 6], "channels": [16, 32, 32, 32], **stem}
-    teacher = {"layers": [1, 1, 1, 1], "channels": [16, 24, 32, 48], **stem}
-    new = replace(common, make_teacher="resnet18", pretrained="none", image_size=64, lr=3e-3)
-    train(replace(new, model_args=student, augment="none", epochs=12, out=f"{folder}/student.pt"))
-    train(replace(new, model_args=teacher, epochs=7, out=f"{folder}/teacher.pt"))
+        draw(i % 6, rng).save(path)
+    student = f"{folder}/student.pt"
+    teacher = f"{folder}/teacher.pt"
+    common = Config(data=folder, severity=4, batch_size=64, workers=2, lr=3e-3)
+    new = replace(common, image_size=64, make_teacher="robustify_demo:none", epochs=12)
+    make_teacher(replace(new, augment="none", out=student))
+    make_teacher(replace(new, make_teacher="test_efficientnet:none", epochs=8, out=teacher))
     for recipe in ("three-heads", "apt"):
-        train(replace(common, student=f"{folder}/student.pt", teacher=f"{folder}/teacher.pt",
-                      recipe=recipe, lr=3e-3, epochs=5, out=f"{folder}/{recipe}.pt"))
-    print(f"now measure what lies in {folder}/ with: python eval.py")
-
-# --- main -----------------------------------------------------------------------------------------
+        robustify(replace(common, student=student, teacher=teacher, recipe=recipe, epochs=5,
+                          out=f"{folder}/{recipe}.pt"))
 
 def refuse(message):
     """Raises Refusal: what argparse shall do with an error."""
     raise Refusal(message)
 
-def model_args_of(text):
-    """The value of --model-args; raises Refusal."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise Refusal(f"--model-args {text}: must be JSON, such as {{\"depth\": 6}}") from error
-
 def parse(arguments):
-    """Config of the command line; raises Refusal."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """Config of the command line. Raises Refusal."""
+    parser = argparse.ArgumentParser(
+        usage="robustify.py --student NAME --teacher FILE.pt [--data FOLDER] [--FLAG VALUE ...]",
+        epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = refuse
+    comments = dict(re.findall(r"(\w+): \w+ = .*?  # (.*)", inspect.getsource(Config)))
+    choices = {**CHOICES, "recipe": RECIPES}
     for field in fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
+        comment = comments.get(field.name, "").replace("%", "%%")
         if field.type is bool:
-            parser.add_argument(flag, action="store_true")
-        elif field.type is dict:
-            parser.add_argument(flag, type=model_args_of)
+            parser.add_argument(flag, action="store_true", help=comment)
         else:
-            parser.add_argument(flag, type=type(field.default), default=field.default)
-    config = Config(**vars(parser.parse_args(arguments)))
-    out = Path(config.out)
-    if out.suffix != ".pt" or not can_be_written(out):
-        raise Refusal(f"--out {out}: must be a file NAME.pt in a folder that can be written")
-    for name in (config.student, config.teacher, config.make_teacher, config.pretrained):
-        if out.resolve() in (Path(name).resolve(), Path(name.partition(":")[2]).resolve()):
-            raise Refusal(f"--out {out}: would overwrite what it is made from")
-    return config
+            parser.add_argument(flag, type=field.type, default=field.default, help=comment,
+                                choices=choices.get(field.name), metavar=field.default)
+    return Config(**vars(parser.parse_args(arguments)))
 
-def check_settings(config):
-    """Makes the values of a Config plain, so that a checkpoint can hold them; raises Refusal where
-    one is outside of its limits."""
-    lowest = {"epochs": 1, "batch_size": 1, "passes": 2, "severity": 1, "temperature": 0.01}
-    highest = {"severity": 10, "dropout": 0.99, "block_dropout": 0.99, "fraction": 1,
-               "seed": 2**63 - 1}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        flag = f"--{field.name.replace('_', '-')} {value}"
-        if field.name == "model_args":
-            check_model_args(value or {})
-            continue
-        try:
-            value = type(field.default)(value)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise Refusal(f"{flag}: {error}") from error
-        setattr(config, field.name, value)
-        choices = get_args(field.type)
-        if field.name == "recipe":
-            choices = tuple(RECIPES)
-        if choices and value not in choices:
-            raise Refusal(f"{flag}: must be one of {', '.join(choices)}")
-        low = lowest.get(field.name, 0)
-        high = highest.get(field.name, 1e30)
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            raise Refusal(f"{flag}: must be from {low} to {high}")
-    if not config.out:
-        config.out = "teacher.pt" if config.make_teacher else "robust.pt"
-
-def join_processes(device):
-    """Under torchrun: let this process speak with the others, on its own GPU; raises Refusal."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise Refusal("--device cuda: torch finds no GPU here")
+def join_processes():
+    """Under torchrun: let this process speak with the others, on its own GPU."""
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # one process prints
     if PROCESSES > 1:
-        try:
-            if device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo",
-                                                 timeout=timedelta(hours=2))
-        except (LookupError, ValueError, RuntimeError) as error:
-            raise Refusal(f"RANK and WORLD_SIZE are set, as by torchrun, but {error}") from error
+        if DEVICE == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
 
 def run(arguments):
-    """Do what the command line asks for; raises Refusal and OSError."""
-    if "--help" in arguments or "-h" in arguments:
-        print(f"{__doc__}\n{inspect.getsource(Config)}")
-        return
+    """Do what the command line asks for. Raises Refusal and OSError."""
     config = parse(arguments)
-    join_processes(config.device)
     if not arguments:
         demo()
-    elif config.make_teacher and (config.student or config.teacher
-                                  or config.recipe != Config.recipe):
-        raise Refusal("--make-teacher: trains that network alone, whole; give no --student, "
-                      "--teacher or --recipe")
-    elif config.make_teacher or config.student:
-        train(config)
-    else:
+        return print("\nNow measure what lies in demo/: python eval.py")
+    if bool(config.student) == bool(config.make_teacher):
         raise Refusal("give --student or --make-teacher, or no argument at all for the demo")
+    folder = Path(config.out).absolute().parent
+    is_input = config.out in (config.student, config.teacher)
+    if is_input or Path(config.out).suffix != ".pt" or not os.access(folder, os.W_OK):
+        raise Refusal(f"--out {config.out}: must be a new NAME.pt in a folder that can be written")
+    join_processes()
+    if config.student:
+        robustify(config)
+    else:
+        make_teacher(config)
+    print(f"wrote it; measure: python eval.py --data {config.data} --corrupt --model {config.out}")
 
-def main(arguments=None, run=run):
-    """run(command line) -> exit code: 2, after one line on stderr, for a Refusal or OSError; 130
-    for Ctrl-C. eval.py has its own `run`."""
+def main(run=run):
+    """run(command line) -> exit code: 2 for a Refusal or OSError, in one line; 130 for Ctrl-C."""
     logging.disable(logging.ERROR)  # open_clip logs what a Refusal says
+    program = Path(sys.argv[0]).name
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
+        run(sys.argv[1:])
     except (Refusal, OSError) as error:
-        program = Path(run.__code__.co_filename).name
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        reason = str(error).rpartition("Refusal: ")[2]  # not a loader's traceback
+        print(f"{program}: {' '.join(reason.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print(f"\n{program}: interrupted; --resume goes on after the last epoch", file=sys.stderr)
         return 130
     return 0
 
