@@ -6,877 +6,626 @@
     python eval.py --data objectnet/ --corrupt --frost frost/     # ObjectNet-C, made in memory
     python eval.py --data imagenet-c/ --model ft.pt --alpha 0 .25 .5 .75 1             # WiSE-FT
     python eval.py --data imagenet-c/ --model resnet50 ViT-B-32 --plot severity.png    # Sec. 3
-    python eval.py --transfer flowers/                            # linear probes, Tables 1 and 3
-    python eval.py --cost                                         # GMACs and milliseconds
+    python eval.py --transfer flowers/ --cost                     # linear probes; GMACs, ms
 
-What a model scores depends on the model, the folder and the flags, not on what else is in the run.
-A folder is recognised by its layout, and its classes are looked up among a model's:
+A plug-in is what robustify.py tuned of a network; the original is that network before. APT tunes
+the same part under one head, without teachers. Of three heads Eq. 6 selects, image by image, the
+clean or the unclean one: whichever has the smaller product of uncertainty and divergence from the
+combined head. The oracle is right wherever either of the two is.
 
-    layout                      what it is
-    CORRUPTION/SEVERITY/CLASS/  published corruptions: all, in groups (blur/defocus_blur/), one
-                                corruption, or one severity; its images are used as they are
-    images/, mappings/          ObjectNet: classes that ImageNet has too, without the red border
-    CLASS/                      images, also in val/ or test/; --corrupt corrupts them here
+    layout of a folder          what it is
+    CORRUPTION/SEVERITY/CLASS/  published corruptions: all, in groups, one, or one severity
+    images/, mappings/          ObjectNet: the classes that ImageNet has too, without the red border
+    CLASS/, or in val/, test/   images; --corrupt corrupts them here
 
-    the folder's classes    model of ImageNet (a)  model of other names   zero-shot model (b)
-    wnids (n01440764)       by wnid                by name, or refused    ImageNet's 1000 (c)
-    numbers (ImageNetV2)    number -> wnid         number -> wnid ->      ImageNet's 1000 (c)
-                                                   name, or refused (d)
-    ObjectNet's             mappings -> wnid       mappings -> wnid ->    ImageNet's 1000 (c)
-                                                   name, or refused
-    other names             refused                by name, or refused    its new classes (c)
+    its classes             model of ImageNet      model of other names   zero-shot model
+    wnids (n01440764)       by wnid                by name, or refused    ImageNet's 1000
+    numbers (ImageNetV2)    number -> wnid         by name, or as wnid    0 to 999: ImageNet's 1000
+    ObjectNet's             mappings -> wnid       mappings -> wnid       ImageNet's 1000
+    other names             refused                by name, or refused    as new words
 
-(a) A library's network with 1000 outputs. (b) CLIP without a classifier, or a plug-in of
---zero-shot; (c) a plug-in its own classes where it has them; wnids that are not ImageNet's are
-refused, for they are no words. (d) As they are where its own names are numbers. Outputs without
-names are taken in the order of the folders, where there are as many. One class alone is refused.
+Outputs without names are taken in the order of the folders. A zero-shot plug-in keeps its classes
+where it can. A folder with fewer classes than the model is decided among them. A model sees the
+central 224/256 of the short side at its own size; corruptions are made at 224 px, of squares of at
+most 64 px at 64 px and of all of them. Published squares are seen as they are.
 
-Small squares (CIFAR) are seen whole, published corruptions as they are, other images after Resize
-256, CenterCrop 224, or likewise for the model's input size. Corruptions are made here at 224 px, or
-at the size of small squares. On a GPU networks compute in bfloat16. A folder with fewer classes
-than the model is decided among them; "of all" counts all outputs. Of a plug-in every predictor is
-measured in one pass: the original, each head, the one that Eq. 6 selects, and the oracle, which is
-right where the clean or the unclean head is. A val/ or test/ of exactly a model's classes is no
-shift for it, and not in the average.
-
-[2] Barbu et al.: ObjectNet. [11] Hendrycks, Dietterich: Benchmarking Neural Network Robustness to
-Common Corruptions and Perturbations (ImageNet-C, mCE).
+[2] Barbu et al.: ObjectNet. [11] Hendrycks, Dietterich: ImageNet-C and its mCE.
 """
 
 import argparse
 import functools
 import importlib.util
-import io
 import itertools
 import json
 import math
-import re
-import statistics
-import sys
+import os
 import time
-from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import timm
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import robustify
-from robustify import (HEADS, PROCESSES, RANK, RECIPES, ClassTokenBlock, Config, Refusal,
-                       assemble, autocast, batches, beside, can_be_written, centre_crop,
-                       count_parameters, dropout_masks, fingerprint, image_folder, interpolated,
-                       is_checkpoint, join_processes, linear_probe, load, load_network,
-                       load_original, read_checkpoint, read_image, refuse, replace_file,
-                       set_classes, student_loss)
+from robustify import (CHOICES, DEVICE, HEADS, RECIPES, ImageClasses, Refusal, autocast,
+                       balanced, centre_view, cut, dropout_masks, embed_text, fingerprint,
+                       load_network, read_file, read_image, set_classes, set_seed)
 
 IMAGENET = timm.data.ImageNetInfo().label_names()  # wnids, in the order of the outputs
-ALEXNET = {  # top-1 error of AlexNet on ImageNet-C [11], for mCE
-    "gaussian_noise": .886428, "shot_noise": .894468, "impulse_noise": .922640,
-    "defocus_blur": .819880, "glass_blur": .826268, "motion_blur": .785948, "zoom_blur": .798360,
-    "snow": .866816, "frost": .826572, "fog": .819324, "brightness": .564592, "contrast": .853204,
-    "elastic_transform": .646056, "pixelate": .717840, "jpeg_compression": .606500}
-ALEXNET_CLEAN = .43478
-TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
-             "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+PREDICTORS = [f"{head} head" for head in HEADS] + ["selected", "oracle", "clean head chosen"]
+DEMO = """--data demo/val --model demo/teacher.pt demo/apt.pt demo/three-heads.pt --severity 3 5
+    --corrupt speckle_noise gaussian_blur saturate impulse_noise defocus_blur jpeg_compression"""
 
 # --- One batch is judged, one folder is measured --------------------------------------------------
 
 @dataclass
 class Column:
-    """A column of the tables, and the model behind it."""
+    """A model, and the column that it fills in the tables."""
     name: str
-    kind: str                  # "network", "plug-in", or "original": what plug-ins were tuned from
-    model: nn.Module
-    classes: list              # the names of its outputs, None where they are unknown
-    count: int = 0             # of outputs
-    zero_shot: bool = False    # takes other classes
-    embeddings: dict = field(default_factory=dict)  # class names -> (text embeddings, scale)
-    original: object = None    # of a plug-in: the column of what it was tuned from
-    path: str = ""             # of a plug-in: its file
-    outputs: torch.Tensor = None  # (classes of the folder at hand, m), see class_outputs
+    model: torch.nn.Module
+    classes: list              # names of its outputs, None where they are unknown
+    group: str = ""            # plug-ins and originals of one group share M_b
+    original: object = None    # of a plug-in, the Column of what it was tuned from
+    is_original: bool = False
+    outputs: torch.Tensor = None  # (classes of the folder at hand, m): the outputs that mean each
 
 @dataclass
-class TestSet:
-    """Images under one corruption, or none."""
+class Cell:
+    """The images of a folder under one corruption at one severity, or under none."""
+    folder: str                # the name of its --data
+    classes: list              # its class folders; a label is the place of one
     samples: list              # (path, label)
     corruption: str = ""
     severity: int = 0
-    made: bool = False         # corrupted here, not published so
-
-@dataclass
-class Folder:
-    """What one --data names."""
-    name: str
-    kind: str                  # "classes", "objectnet" or "published"
-    classes: list              # class folders; a label is the place of one
-    sets: list                 # of TestSet
-    averaged: list = field(default_factory=list)  # corruptions that enter the mean
-    missing: list = field(default_factory=list)  # (corruption, severity) that are not there
-    held_out: bool = False     # val/ or test/: no shift for a model of its classes
+    published: bool = False    # corrupted already
     wnids: dict = None         # ObjectNet: class folder -> classes of ImageNet
-    results: list = field(default_factory=list)  # of (TestSet, {(column, predictor): (n,) bool})
-
-def predict(column, pixels, z):
-    """({predictor: (B, C) probabilities}, the head that was chosen (B,) or None) of one model; z is
-    what M_b gives, of a plug-in or its original. "answer" is what the model says."""
-    if column.kind == "network":
-        return {"answer": column.model(pixels).float().softmax(-1)}, None
-    if column.kind == "original":
-        return {"answer": column.model.original_probabilities(z)}, None
-    prediction = column.model.predict_from(z)
-    if len(prediction.phi) == 1:
-        return {"answer": prediction.probabilities}, None
-    return {"answer": prediction.probabilities, **prediction.phi}, prediction.head
+    right: dict = field(default_factory=dict)  # (column, predictor) -> (n,) bool, when measured
 
 @torch.no_grad()
-def judge(groups, images, labels, args):
-    """One batch through all models: images {input size: uint8 (B, 3, n, n)}, labels (B,) ->
-    {(column, predictor): (B,) bool}, right or wrong ("clean share": chosen or not). A group of
-    columns shares M_b, which runs once. "of all" is the answer among all outputs; --average adds
-    the mean of the models' probabilities of these classes."""
+def judge(columns, views, labels, average):
+    """One batch through all models: views {input size, or 0 for any: uint8 (B, 3, n, n)}, labels
+    (B,) -> {(column, predictor): (B,) bool}, right or wrong. A predictor is what a model says, its
+    "prediction", or one of PREDICTORS; "of all" decides among all outputs of a model."""
     right = {}
-    answers = []
-    for group in groups:
-        pixels = images[group[0].model.size] / 255
-        with autocast(args.device):
-            z = None
-            if group[0].kind != "network":
-                z = group[0].model.backbone(pixels)
-            predicted = [predict(column, pixels, z) for column in group]
-        for column, (predictors, head) in zip(group, predicted):
-            for predictor, p in predictors.items():
-                of_class = p[:, column.outputs].amax(-1)    # the best of the outputs that mean it
-                right[column.name, predictor] = of_class.argmax(-1) == labels
-                if predictor == "answer":
-                    best = p.argmax(-1, keepdim=True)
-                    right[column.name, "of all"] = (column.outputs[labels] == best).any(-1)
-                    if column.kind != "original":
-                        tiny = torch.finfo(of_class.dtype).tiny
-                        total = of_class.sum(-1, keepdim=True).clamp_min(tiny)
-                        answers.append(of_class / total)    # probabilities among these classes
-            if head is not None:
-                oracle = right[column.name, "clean"] | right[column.name, "unclean"]
-                right[column.name, "oracle"] = oracle
-                right[column.name, "clean share"] = head == HEADS.index("clean")
-    if args.average:
-        right["average", "answer"] = torch.stack(answers).mean(0).argmax(-1) == labels
+    opinions = []
+    shared = {}  # what M_b gives, once for all that share it
+    for column in columns:
+        name = column.name
+        model = column.model
+        pixels = views.get(model.size, views.get(0)) / 255
+        found = {}
+        with autocast():
+            if column.group and column.group not in shared:
+                shared[column.group] = model.backbone(pixels)
+            if column.original:
+                prediction = model.predict_from(shared[column.group])
+                found["prediction"] = prediction.probabilities
+                for head, phi in prediction.phi.items():
+                    found[f"{head} head"] = phi
+            elif column.is_original:
+                logits = model.original_top(shared[column.group].clone())
+                found["prediction"] = logits.float().softmax(-1)
+            else:
+                found["prediction"] = model(pixels).float().softmax(-1)
+        for predictor, p in found.items():
+            of_class = p[:, column.outputs].amax(-1)  # the best of the outputs that mean it
+            right[name, predictor] = of_class.argmax(-1) == labels
+            if predictor == "prediction":
+                best = p.argmax(-1, keepdim=True)
+                right[name, "of all"] = (column.outputs[labels] == best).any(-1)
+                if not column.is_original:
+                    opinions.append(of_class / of_class.sum(-1, keepdim=True).clamp_min(1e-30))
+        if "clean head" in found:
+            right[name, "selected"] = right[name, "prediction"]
+            right[name, "oracle"] = right[name, "clean head"] | right[name, "unclean head"]
+            right[name, "clean head chosen"] = prediction.head == HEADS.index("clean")
+    if average:  # of the probabilities among the folder's classes
+        right["average", "prediction"] = torch.stack(opinions).mean(0).argmax(-1) == labels
     return right
 
 def measure(folder, columns, args):
-    """Yields (TestSet, {(column, predictor): (n,) bool}) for each set of a folder, when done.
-
-    Sets that share their images are measured together: an image is read once, corrupted once for
-    all models, and each sees it at its own size. Under torchrun a process judges its share."""
+    """Fills in and yields the cells of a folder; those corrupted here together, image by image."""
     for column in columns:
-        set_outputs(column, folder, args)
-    groups = grouped(columns)
-    sizes = {column.model.size for column in columns}
-    together = [[test_set] for test_set in folder.sets]
-    if folder.kind in ("classes", "objectnet"):
-        together = [folder.sets]
-    for sets in together:
-        pictures = Pictures(sets[0].samples, sizes, folder.kind, sets[-1].made)
-        n = len(pictures)
-        rows = [{} for _ in sets]
-        title = f"{folder.name} {sets[-1].corruption}".strip()
-        share = batches(pictures, range(RANK, n, PROCESSES), args.batch_size, args.workers)
-        with tqdm(desc=title, total=n * len(sets), unit=" images", mininterval=2,
-                  disable=RANK > 0) as bar:
-            for views, labels, indices in share:
-                views = {size: view.to(args.device) for size, view in views.items()}
-                labels = labels.to(args.device)
-                for test_set, row in zip(sets, rows):
-                    images = {size: views[pictures.side or size] for size in sizes}
-                    if test_set.made:
-                        source = views[pictures.side or 224]
-                        images = dict.fromkeys(sizes, make(test_set, source, indices, args))
-                    for key, right in judge(groups, images, labels, args).items():
-                        row.setdefault(key, np.zeros(n, bool))[indices] = right.cpu()
-                    bar.update(len(labels) * PROCESSES)
-        yield from zip(sets, gathered(rows))
+        set_outputs(column, folder[0], args)
+    together = [folder]
+    if folder[0].published:
+        together = [[cell] for cell in folder]
+    for cells in together:
+        found = {}
+        n = len(cells[0].samples)
+        for views, labels, places, numbers in batches(cells, columns, args):
+            for key, right in judge(columns, views, labels, args.average).items():
+                rows = found.setdefault(key, np.zeros((len(cells), n), bool))
+                rows[places, numbers] = right.cpu()
+        for place, cell in enumerate(cells):
+            cell.right = {key: rows[place] for key, rows in found.items()}
+            yield cell
 
-def make(test_set, images, indices, args):
-    """The images uint8 (B, 3, n, n) under the set's corruption."""
-    images = corrupt(images, test_set.corruption, test_set.severity, indices, args.seed, args.frost)
-    if args.jpeg:
-        images = jpeg(images, 85)  # in which the published test sets were saved
-    return images
-
-def gathered(rows):
-    """Rows [{key: (n,) bool}] of all processes in one: each image was judged by one of them."""
-    if PROCESSES == 1:
-        return rows
-    everyone = [None] * PROCESSES
-    torch.distributed.all_gather_object(everyone, rows)
-    merged = [{} for _ in rows]
-    for other in everyone:
-        for row, part in zip(merged, other):
-            for key, right in part.items():
-                row[key] = row.get(key, False) | right
-    return merged
-
-# --- Images, and the views that models have of them -----------------------------------------------
-
-class Pictures(Dataset):
-    """index -> ({n: uint8 (3, n, n)}, label, index), one view for each input size in the run.
-
-    Where most images are squares of one size below 224 px, all are seen whole, at that size
-    (`side`); published corruptions likewise at any size. A model resizes inside itself.
-    `corrupted`: they are to be corrupted here, at 224 px.
-    """
-
-    def __init__(self, samples, sizes, kind="classes", corrupted=False):
-        self.samples = samples
-        self.border = 2 * (kind == "objectnet")  # its red border of 1 px, which JPEG smears
-        self.side = common_side(samples)
-        if kind == "published":
-            self.side = self.side or 224
-        elif self.side >= 224:
-            self.side = 0
-        if self.side:
-            self.side -= 2 * self.border
-            whole = v2.Compose([v2.Resize(self.side), v2.CenterCrop(self.side)])
-            self.views = {self.side: whole}  # of an image of that size, itself
-        else:
-            self.views = {size: centre_crop(size) for size in sizes}
-            if corrupted:
-                self.views[224] = centre_crop(224)  # as ImageNet-C was made
+@dataclass
+class Views(Dataset):
+    """index -> (views {size: uint8 (3, n, n)}, label, place of the cell, number of the image): all
+    cells of an image, then of the next. A view of size 0 is for models of any input size."""
+    cells: list
+    sizes: set
+    args: argparse.Namespace
+    last: tuple = (None, None)  # path, image: a worker reads an image once for all cells
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.cells) * len(self.cells[0].samples)
 
     def __getitem__(self, index):
-        path, label = self.samples[index]
-        image = read_image(path)
-        if self.border:
-            image = image[:, self.border:-self.border, self.border:-self.border]
-        return {size: view(image) for size, view in self.views.items()}, label, index
+        number, place = divmod(index, len(self.cells))
+        cell = self.cells[place]
+        path, label = cell.samples[number]
+        if self.last[0] != path:
+            self.last = (path, read_image(path))
+        image = self.last[1]
+        if cell.wnids and min(image.shape[1:]) > 4:
+            image = image[:, 2:-2, 2:-2]  # ObjectNet's red border of 1 px, smeared by JPEG
+        is_square = image.shape[1] == image.shape[2]
+        if cell.published and is_square:
+            views = {0: image}
+        elif cell.corruption and not cell.published:
+            image = centre_view(image, 64 if is_square and image.shape[1] <= 64 else 224)
+            views = {0: corrupt(image, cell.corruption, cell.severity, number, self.args.seed,
+                                self.args.frost)}
+        else:
+            views = {size: centre_view(image, size) for size in self.sizes}
+        return views, label, place, number
 
-def common_side(samples):
-    """n where most images are n x n pixels, judged by the headers of 25 to 50 of them, else 0."""
-    sizes = []
-    for path, _ in samples[::max(1, len(samples) // 25)]:
-        try:
-            with Image.open(path) as image:
-                sizes.append(image.size)
-        except Exception:  # of a broken file, which read_image will refuse by name
-            sizes.append((0, 0))
-    width, height = statistics.mode(sizes)
-    if width != height or 2 * sizes.count((width, height)) <= len(sizes):
-        return 0
-    return width
+def stack(items):
+    """Items of a Views as batches, one for each shape: clean and corrupted images are mixed."""
+    alike = {}
+    for item in items:
+        shapes = [(size, view.shape) for size, view in item[0].items()]
+        alike.setdefault(str(shapes), []).append(item)
+    return [default_collate(some) for some in alike.values()]
+
+def batches(cells, columns, args):
+    """Yields (views {size: (B, 3, n, n)}, labels, places, numbers) of all images in the cells."""
+    views = Views(cells, {column.model.size for column in columns}, args)
+    loader = DataLoader(views, args.batch_size, num_workers=args.workers, collate_fn=stack,
+                        pin_memory=DEVICE == "cuda")
+    title = f"{cells[0].folder} {cells[-1].corruption}".strip()
+    with tqdm(desc=title, total=len(views), unit=" images", leave=False) as bar:
+        for batch, labels, places, numbers in itertools.chain.from_iterable(loader):
+            batch = {size: view.to(DEVICE) for size, view in batch.items()}
+            yield batch, labels.to(DEVICE), places, numbers
+            bar.update(len(labels))
 
 # --- Folder kinds ---------------------------------------------------------------------------------
 
 def read_folder(path, name, args):
-    """The Folder of one --data, its kind recognised by its layout; raises Refusal."""
+    """The cells of one --data, its kind recognised by its layout; raises Refusal."""
     path = Path(path).resolve()
-    cells = severity_folders(path)
-    if cells:
-        folder = published_folder(path, name, cells, args)
-    elif (path / "mappings").is_dir():
-        folder = objectnet_folder(path, name)
-    else:
-        part = existing(path, "val", "test")
-        samples, classes = image_folder(part)
-        if set(classes) <= {*CORRUPTIONS, "spatter"}:
-            raise Refusal(f"{path}: holds corruptions ({classes[0]} ...) without severities 1-5")
-        folder = Folder(name, "classes", classes, [TestSet(samples)])
-        folder.held_out = part.name in ("val", "test")
-    if args.corrupt and folder.kind == "published":
-        raise Refusal(f"--corrupt: {path} is corrupted already; measure it in a run of its own")
-    for corruption in args.corrupt:
-        for severity in args.severity:
-            folder.sets.append(TestSet(folder.sets[0].samples, corruption, severity, made=True))
-    folder.averaged = folder.averaged or args.corrupt
-    if set(FIFTEEN) <= set(args.corrupt):
-        folder.averaged = list(FIFTEEN)
+    folder = published_cells(path, name, args)
+    if folder and args.corrupt:
+        raise Refusal(f"--corrupt: {path} is corrupted already; give it a run of its own")
+    if (path / "mappings").is_dir():
+        folder = [objectnet(path, name)]
+    elif not folder:
+        images = ImageClasses(part_of(path, "val", "test"))
+        folder = [Cell(name, images.classes, images.samples)]
+    for cell in folder:
+        if args.limit:
+            cell.samples = balanced(cell.samples, args.limit, args.seed)
+    for corruption, severity in itertools.product(args.corrupt, args.severity):
+        folder.append(replace(folder[0], corruption=corruption, severity=severity, right={}))
     return folder
 
-def existing(path, *names):
+def part_of(path, *names):
     """The first of path/NAME that is a folder, else the path itself."""
     for name in names:
         if Path(path, name).is_dir():
             return Path(path, name)
     return Path(path)
 
-def severity_folders(path):
-    """{(corruption, severity): folder} of ImageNet-C's layout, or of a part of it; {} of others."""
-    if path.parent.name in [*CORRUPTIONS, "spatter"] and path.name in list("12345"):
-        return {(path.parent.name, int(path.name)): path}
-    found = {}
+def published_cells(path, name, args):
+    """Cells of ImageNet-C's layout, or of a part of it; what they lack is printed."""
+    folders = []
     for depth in ("", "*/", "*/*/"):
-        for folder in sorted(path.glob(f"{depth}[1-5]")):
-            if any(folder.glob("*/*")):
-                found[folder.parent.name, int(folder.name)] = folder
-    return found
-
-def published_folder(path, name, cells, args):
-    """Folder of ImageNet-C's layout; cells that are not there are kept as `missing`."""
-    corruptions = sorted({corruption for corruption, _ in cells})
-    severities = args.severity
-    if len(cells) == 1 and path in cells.values():
-        severities = [int(path.name)]
-    elif len(corruptions) > 1 and set(corruptions) & set(FIFTEEN):
-        corruptions = sorted({*corruptions, *FIFTEEN})
+        folders += sorted(path.glob(f"{depth}[1-5]"))
+    if path.name in list("12345") and path.parent.name in CORRUPTIONS:
+        folders = [path]
     found = {}
-    missing = []
-    for cell in itertools.product(corruptions, severities):
-        if cell in cells:
-            found[cell] = image_folder(cells[cell])
-        else:
-            missing.append(cell)
-    if not found:
-        raise Refusal(f"--severity: {path} has none of {severities}")
-    classes = sorted(set().union(*[own for _, own in found.values()]))
-    place = {label: i for i, label in enumerate(classes)}
-    sets = []
-    for (corruption, severity), (samples, own) in found.items():
-        samples = [(image, place[own[label]]) for image, label in samples]
-        sets.append(TestSet(samples, corruption, severity))
-    present = dict.fromkeys(test_set.corruption for test_set in sets)
-    fifteen = [corruption for corruption in present if corruption in FIFTEEN]
-    return Folder(name, "published", classes, sets, fifteen or list(present), missing)
+    for folder in folders:
+        key = (folder.parent.name, int(folder.name))
+        if any(folder.glob("[!.]*/[!.]*")) and key[1] in args.severity:  # else it is a class
+            if key in found:
+                raise Refusal(f"{path}: {found[key].root} and {folder} are the same corruption")
+            found[key] = ImageClasses(folder)
+    classes = sorted({label for images in found.values() for label in images.classes})
+    most = max(map(len, found.values()), default=0)
+    cells = []
+    for corruption in dict.fromkeys(corruption for corruption, _ in found):
+        for severity in sorted({severity for _, severity in found}):
+            images = found.get((corruption, severity), [])
+            if len(images) < most or len(images.classes) < len(classes):
+                print(f"{name}: {corruption} {severity} has {len(images)} images, others {most}")
+            if images:
+                samples = [(file, classes.index(images.classes[k])) for file, k in images.samples]
+                cells.append(Cell(name, classes, samples, corruption, severity, published=True))
+    return cells
 
-def objectnet_folder(path, name):
-    """Folder of ObjectNet: those of its classes that ImageNet has too. The four files of its own
-    mappings [2] lead from a folder to a label, the names of its ImageNet classes, the lines of
-    these in a list, and the outputs of an ImageNet network."""
+def objectnet(path, name):
+    """Cell of ObjectNet: those of its classes that ImageNet has too. Its own mappings [2] give each
+    folder a label, and outputs of ImageNet networks the place of a label in the alphabet."""
     mappings = path / "mappings"
+    label_of = json.loads((mappings / "folder_to_objectnet_label.json").read_text())
+    place_of = json.loads((mappings / "imagenet_pytorch_id_to_objectnet_id.json").read_text())
+    labels = sorted(label_of.values())
     wnids = {}
-    try:
-        label_of = json.loads((mappings / "folder_to_objectnet_label.json").read_text())
-        names_of = json.loads((mappings / "objectnet_to_imagenet_1k.json").read_text())
-        lines = (mappings / "imagenet_to_label_2012_v2").read_text().splitlines()
-        line_of = json.loads((mappings / "pytorch_to_imagenet_2012_id.json").read_text())
-        output_of = {lines[line].strip(): int(output) for output, line in line_of.items()}
-        for label, names in names_of.items():
-            wnids[label] = [IMAGENET[output_of[name]] for name in names.split("; ")]
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise Refusal(f"{path}/mappings: not ObjectNet's files ({error})") from error
-    samples, folders = image_folder(existing(path, "images"))
-    shared = [f for f in folders if label_of.get(f) in wnids]
-    if not shared:
-        raise Refusal(f"{path}: none of its folders is a class that ImageNet has too")
-    place = {f: i for i, f in enumerate(shared)}
-    samples = [(image, place[folders[k]]) for image, k in samples if folders[k] in place]
-    folder = Folder(name, "objectnet", shared, [TestSet(samples)])
-    folder.wnids = {f: wnids[label_of[f]] for f in shared}
-    return folder
+    for output, place in place_of.items():
+        wnids.setdefault(labels[place], []).append(IMAGENET[int(output)])
+    images = ImageClasses(path / "images")
+    shared = {}
+    samples = []
+    for file, label in images.samples:
+        folder = images.classes[label]
+        if label_of.get(folder) in wnids:
+            shared[folder] = wnids[label_of[folder]]
+            samples.append((file, list(shared).index(folder)))
+    return Cell(name, list(shared), samples, wnids=shared)
 
 # --- Class mapping: which outputs of a model mean a class of the folder ---------------------------
 
-def class_outputs(folder, column):
-    """(names of the model's outputs, [outputs that mean it] for each class of the folder): the
-    table above. Only a zero-shot model's names can change. Raises Refusal."""
-    if len(folder.classes) == 1:
-        raise Refusal(f"{folder.name}: one class ({folder.classes[0]}); there is nothing to decide")
-    own = column.classes or []
-    if names_none(column, folder):
-        own = folder.classes
-    numbered = all(name.isdecimal() for name in folder.classes)
-    wanted = {name: [name] for name in folder.classes}
-    if folder.wnids:
-        wanted = folder.wnids
-    elif numbered and not set(folder.classes) <= set(own):
-        if max(map(int, folder.classes)) > 999:
-            raise Refusal(f"{folder.name}: not all of {shortened(folder.classes)} are among "
-                          "ImageNet's outputs 0 to 999")
-        wanted = {name: [IMAGENET[int(name)]] for name in folder.classes}
-    every = list(itertools.chain(*wanted.values()))
-    names = own
-    if column.zero_shot and not set(every) <= set(own):
-        names = new_classes(every, folder)
-    place = {name: i for i, name in enumerate(names)}
-    unknown = [name for name in every if name not in place]
+def set_outputs(column, cell, args):
+    """Set the outputs that mean the folder's classes, by the table above. Raises Refusal."""
+    classes = cell.classes
+    model = column.model
+    is_zero_shot = model.text is not None
+    names = column.classes or []
+    if not names and not is_zero_shot:
+        names = [str(output) for output in range(model.classes)]
+        if len(classes) == len(names) and set(classes) != set(names):
+            names = classes
+            print(f"{column.name} names no classes: taken for {', '.join(names[:3])} ...")
+    wanted = cell.wnids or {name: [name] for name in classes}
+    numbers = {str(output): [wnid] for output, wnid in enumerate(IMAGENET)}
+    if set(classes) <= set(numbers) and not set(classes) <= set(names):
+        if len(classes) == 1000 or not is_zero_shot:  # fewer numbers may mean anything
+            wanted = {name: numbers[name] for name in classes}
+    every = list(itertools.chain.from_iterable(wanted.values()))
+    if is_zero_shot:
+        if not set(every) <= set(names):
+            names = every
+            if set(every) <= set(IMAGENET):
+                names = IMAGENET
+        if args.templates or names != model.class_names:
+            templates = [args.templates] * bool(args.templates)
+            set_classes(model, names, *embed_text(model.text, names, *templates))
+    unknown = [name for name in every if name not in names]
     if unknown:
-        raise Refusal(f"{folder.name} has {len(folder.classes)} classes ({shortened(every)}); "
-                      f"{column.name}, which knows {column.count} ({shortened(own)}), lacks "
-                      f"{len(unknown)} ({shortened(unknown)})")
-    return names, [[place[name] for name in wanted[label]] for label in folder.classes]
-
-def names_none(column, folder):
-    """Whether the outputs of a network are taken in the order of the folders: it does not name
-    them, there are as many, and the folders have names."""
-    if column.zero_shot or column.classes is not None or folder.wnids:
-        return False
-    has_names = not all(name.isdecimal() for name in folder.classes)
-    return has_names and column.count == len(folder.classes)
-
-def new_classes(names, folder):
-    """What a zero-shot model decides among: ImageNet's 1000, or these names; raises Refusal."""
-    if set(names) <= set(IMAGENET):
-        return IMAGENET
-    for name in names:
-        if name.isdecimal() or re.fullmatch(r"n\d{8}", name):
-            raise Refusal(f"{folder.name}: {name} is no word, and not all of {shortened(names)} "
-                          "are ImageNet's")
-    return names
-
-def shortened(names):
-    """The first three of a list, for a message."""
-    return ", ".join(names[:3]) + " ..." * (len(names) > 3)
-
-def set_outputs(column, folder, args):
-    """Set the outputs that mean the folder's classes, of a zero-shot model also its classes. A
-    plug-in keeps the embeddings that it was tuned with, unless --templates are given."""
-    names, outputs = class_outputs(folder, column)
-    if column.zero_shot:
-        key = tuple(names)
-        if key not in column.embeddings:
-            templates = TEMPLATES.get(args.templates or "openai", [args.templates])
-            column.embeddings[key] = column.model.text_embeddings(names, templates, args.device)
-        set_classes(column.model, names, *column.embeddings[key])
-        column.model.to(args.device)
-        column.count = len(names)
-    widest = max(len(some) for some in outputs)
-    rows = [(some * widest)[:widest] for some in outputs]  # repeats do not change the maximum
-    column.outputs = torch.tensor(rows, device=args.device)
+        raise Refusal(f"{cell.folder}: {len(unknown)} of its {len(classes)} classes, such as "
+                      f"{unknown[0]}, are unknown to {column.name} ({', '.join(names[:3])} ...)")
+    widest = max(map(len, wanted.values()))
+    rows = []
+    for name in classes:
+        outputs = [names.index(each) for each in wanted[name]]
+        rows.append((outputs * widest)[:widest])  # repeats do not change the maximum
+    column.outputs = torch.tensor(rows, device=DEVICE)
 
 # --- Models ---------------------------------------------------------------------------------------
 
 def load_columns(args):
-    """The columns that --model, --alpha, --rule and --passes ask for, first one for each original
-    that plug-ins were tuned from. Equal backbones are kept once. Raises Refusal."""
+    """The columns of --model, each original before its plug-ins. Raises Refusal."""
     columns = []
-    originals = {}
-    backbones = {}
+    known = {}  # backbones and originals, each kept once
     for path, name in zip(args.model, short_names("--model", args.model)):
-        is_file = is_checkpoint(path)
-        if not is_file or read_checkpoint(path, "any")["format"] != "robustify plug-in":
-            has_weights = is_file or ":" in path
-            pretrained = "" if has_weights else args.pretrained
-            columns.append(plain_column(path, name, args, pretrained))
+        if is_plug_in(path):
+            columns += plug_ins(path, name, known, args)
             continue
-        student = load(path).to(args.device)
-        if Path(f"{path}.state").is_file() and RANK == 0:
-            print(f"{path}: its training did not end; {path}.state is there")
-        teacher = beside(path, student.config.teacher)
-        if args.cost and teacher.endswith(".pt") and not Path(teacher).is_file():
-            raise Refusal(f"--cost: needs {teacher}, the teacher of {path}")
-        network = nn.Sequential(*student.backbone, *student.original[0], *student.original[1])
-        whole = student.size, str(network), fingerprint(network)  # wherever it is cut
-        if whole not in originals:
-            originals[whole] = student_column(f"original of {name}", "original", student, args)
-        frozen = student.size, str(student.backbone), fingerprint(student.backbone)
-        student.backbone = backbones.setdefault(frozen, student.backbone)
-        for label, variant in variants(student, name, args):
-            column = student_column(label, "plug-in", variant, args)
-            column.original = originals[whole]
-            column.embeddings = column.original.embeddings
-            column.path = path
-            columns.append(column)
-    if len(originals) == 1:
-        for column in originals.values():
-            column.name = "original"
-    columns = [*originals.values(), *columns]
-    if len({column.name for column in columns}) < len(columns):
-        raise Refusal("two columns would have one name: rename a file, or give a value once")
+        network = load_network(path, args.image_size).to(DEVICE)
+        if network.classifier is not None:
+            network.classes = len(network.classifier.weight)
+        elif network.text is None:
+            raise Refusal(f"--model {path}: has no classifier; --recipe lp fits one")
+        columns.append(Column(name, network, network.class_names))
+    if (args.alpha or args.rule or args.passes or args.cost) and not known:
+        raise Refusal("--alpha, --rule, --passes, --cost: for plug-ins, and none is among --model")
+    if args.templates and all(column.model.text is None for column in columns):
+        raise Refusal("--templates: none of --model takes class names as text")
+    if args.image_size and all(path.endswith(".pt") for path in args.model):
+        raise Refusal("--image-size: for networks by name; a file of ours has its own")
     return columns
 
-def plain_column(path, name, args, pretrained):
-    """Column of a network by name or file; raises Refusal. A CLIP takes text for a classifier."""
-    network = load_network(path, pretrained).to(args.device)
-    column = Column(name, "network", network, network.class_names)
-    if network.classifier is not None:
-        column.count = len(network.classifier.weight)
-        if column.classes is None and column.count == 1000:
-            column.classes = IMAGENET
-    elif network.text_embeddings is not None:
-        column.zero_shot = True
-    elif args.data:
-        raise Refusal(f"--model {path}: has no classifier; robustify.py --recipe lp fits one")
-    return column
-
-def student_column(name, kind, student, args):
-    """Column of a plug-in, or of its original."""
-    column = Column(name, kind, student, student.class_names, student.classes)
-    column.zero_shot = student.config.zero_shot
-    if column.zero_shot and not args.templates:
-        classifier = student.original[1][-1]
-        key = tuple(student.class_names)
-        column.embeddings[key] = (classifier.weight.clone(), classifier.scale.clone())
-    return column
-
-def variants(student, name, args):
-    """Yields (name, student) for each of --alpha, --rule and --passes, from one load."""
-    config = student.config
-    rules = args.rule if len(student.heads) > 1 else []
-    if not (args.alpha or rules or args.passes):
-        yield name, student
-        return
-    width = student.masks.shape[1]
+def plug_ins(path, name, known, args):
+    """Yields the columns of a plug-in: one, or one for each --alpha, --rule and --passes."""
     for alpha, rule, passes in itertools.product(
-            args.alpha or [1.0], rules or [config.rule], args.passes or [config.passes]):
+            args.alpha or [1.0], args.rule or [""], args.passes or [0]):
+        student = robustify.load(path, alpha=alpha).to(DEVICE)
+        config = student.config
+        if len(student.heads) == 1 and (rule or passes):
+            raise Refusal(f"--rule, --passes: {path} has one head; nothing is selected")
         label = name
         if args.alpha:
             label += f" alpha {alpha:g}"
-        if rules:
+        if rule:
             label += f" {rule}"
-        if args.passes:
+            config.rule = rule
+        if passes:
             label += f" K {passes}"
-        variant = interpolated(student, alpha)
-        variant.config = replace(config, rule=rule, passes=passes)
-        variant.masks = dropout_masks(variant.config, width).to(student.masks.device)
-        yield label, variant
+            config.passes = passes
+            student.masks = dropout_masks(config, student.masks.shape[1]).to(DEVICE)
+        group = f"M_b {config.student} {student.size} {fingerprint(student.backbone)}"
+        student.backbone = known.setdefault(group, student.backbone)
+        classifier = fingerprint(student.original_top[1][-1])
+        whole = f"M {config.student} {student.size} {config.seed} {classifier}"
+        if whole not in known:
+            known[whole] = Column(f"original of {name}", student, student.class_names, group,
+                                  is_original=True)
+            yield known[whole]
+        yield Column(label, student, student.class_names, group, known[whole])
 
-def grouped(columns):
-    """Lists of columns: those with one backbone together, a plain network alone."""
-    groups = {}
-    for column in columns:
-        key = id(column.model)
-        if column.kind != "network":
-            key = id(column.model.backbone)
-        groups.setdefault(key, []).append(column)
-    return list(groups.values())
+def is_plug_in(path):
+    """Whether it is a file of robustify.py with a tuned part; not a whole network, nor a name."""
+    is_file = Path(path).suffix == ".pt" and Path(path).is_file()
+    return is_file and read_file(path)["kind"] == "plug-in"
 
 def short_names(flag, paths):
-    """The shortest ends of the paths that tell them apart and are no name of ours; raises Refusal
-    where one is given twice."""
+    """The shortest ends of the paths that tell them apart; raises Refusal where none does."""
     parts = [Path(path).absolute().parts for path in paths]
-    longest = max(map(len, parts), default=1)
-    for suffix, length in itertools.product((".pt", ""), range(1, longest + 1)):
+    lengths = range(1, 1 + max(map(len, parts), default=1))
+    for suffix, length in itertools.product((".pt", ""), lengths):
         names = ["/".join(part[-length:]).removesuffix(suffix) for part in parts]
-        if len(set(names)) == len(names) and not {"original", "average"} & set(names):
+        if len(set(names)) == len(names) and "average" not in names:
             return names
     raise Refusal(f"{flag}: two of {', '.join(paths)} are the same")
 
 # --- Metrics and tables ---------------------------------------------------------------------------
 
-def accuracies(folder, keys):
-    """{(corruption, severity): (keys,)}, from 0 to 1; NaN where a model has no such predictor."""
-    found = {}
-    for test_set, row in folder.results:
-        values = [row[key].mean() if key in row else np.nan for key in keys]
-        found[test_set.corruption, test_set.severity] = np.array(values)
-    return found
+def mean_over(cells, values):
+    """Mean of a value for each cell, number or (n,): over severities, then over corruptions."""
+    of_corruption = {}
+    for cell, value in zip(cells, values):
+        of_corruption.setdefault(cell.corruption, []).append(value)
+    return np.mean([np.mean(of, axis=0) for of in of_corruption.values()], axis=0)
 
-def mean_of(cells, corruptions, severity=None):
-    """(keys,) of cells {(corruption, severity): (keys,)}: the mean over a corruption's severities,
-    or one of them, then over corruptions."""
-    means = []
-    for name in corruptions:
-        own = [cell for (corruption, level), cell in cells.items()
-               if corruption == name and severity in (None, level)]
-        if own:
-            means.append(np.mean(own, axis=0))
-    return np.mean(means, axis=0)
+def accuracy(cells, key):
+    """From 0 to 1; NaN where a model has no such predictor."""
+    return mean_over(cells, [np.mean(cell.right.get(key, np.nan)) for cell in cells])
 
-def measured_corruptions(folder):
-    """Those that enter the mean, as far as they were measured."""
-    done = {test_set.corruption for test_set, _ in folder.results}
-    return [name for name in folder.averaged if name in done]
-
-def mce(cells, clean=None):
-    """(keys,): the mean over the fifteen of error / AlexNet's error [11]; with the clean accuracy
-    (keys,) the relative mCE, of what corruption adds to the error."""
-    ratios = []
-    for name, alexnet in ALEXNET.items():
-        error = 1 - mean_of(cells, [name])
-        if clean is None:
-            ratios.append(error / alexnet)
-        else:
-            ratios.append((error - (1 - clean)) / (alexnet - ALEXNET_CLEAN))
-    return np.mean(ratios, axis=0)
+def in_mean(folder):
+    """The corrupted cells that enter the mean: next to the fifteen not those for tuning."""
+    corrupted = [cell for cell in folder if cell.corruption]
+    fifteen = [cell for cell in corrupted if cell.corruption in ALEXNET]
+    if len({cell.corruption for cell in fifteen}) >= 14:
+        return fifteen
+    return corrupted
 
 def summary(folder, keys):
-    """Rows [label, a number for each key] from 0 to 1: the images as they are, each corruption,
-    each severity, the mean over corruptions."""
-    cells = accuracies(folder, keys)
-    averaged = measured_corruptions(folder)
-    rows = []
-    if ("", 0) in cells:
-        rows.append([folder.name, *cells["", 0]])
-    for name in dict.fromkeys(corruption for corruption, _ in cells if corruption):
-        rows.append([name, *mean_of(cells, [name])])
-    severities = sorted({severity for name, severity in cells if name in averaged})
-    if len(severities) > 1:
-        for severity in severities:
-            rows.append([f"severity {severity}", *mean_of(cells, averaged, severity)])
-    if averaged:
-        label = f"mean of {len(averaged)} corruptions"
-        if set(averaged) == set(FIFTEEN):
-            label = "mean of the fifteen"
-        rows.append([label, *mean_of(cells, averaged)])
-    return rows
+    """Rows [label, an accuracy for each key] of each corruption, each severity, and means."""
+    groups = {}
+    for cell in folder:
+        groups.setdefault(cell.corruption or "clean images", []).append(cell)
+    corrupted = in_mean(folder)
+    for severity in sorted({cell.severity for cell in corrupted}):
+        groups[f"severity {severity}"] = [c for c in corrupted if c.severity == severity]
+    if corrupted:
+        count = len({cell.corruption for cell in corrupted})
+        groups[f"corrupted, mean of {count}"] = corrupted
+    return [[label] + [accuracy(cells, key) for key in keys] for label, cells in groups.items()]
 
-def errors(folder, folders, keys):
-    """Rows of the mean error and, for ImageNet's classes under all fifteen at five severities, mCE;
-    relative mCE where the clean images are measured in the same run."""
-    cells = accuracies(folder, keys)
-    averaged = measured_corruptions(folder)
-    if not averaged:
-        return []
-    rows = [["mean error", *(1 - mean_of(cells, averaged))]]
-    is_imagenet = folder.kind == "published" or folder.held_out
-    every = set(itertools.product(FIFTEEN, range(1, 6)))
-    if not is_imagenet or set(folder.classes) != set(IMAGENET) or not every <= set(cells):
-        return rows
-    rows.append(["mCE", *mce(cells)])
-    for other in folders:
-        clean = accuracies(other, keys).get(("", 0))
-        if other.held_out and set(other.classes) == set(IMAGENET) and clean is not None:
-            return [*rows, ["relative mCE", *mce(cells, clean)]]
-    return rows
-
-def paired(folder, corruptions, one, other):
+def paired(cells, one, other):
     """Accuracy of one column minus another's, image by image, in points, +- 2 standard errors."""
-    means = []
-    for name in corruptions:
-        own = [row[one, "answer"].astype(float) - row[other, "answer"]
-               for test_set, row in folder.results if test_set.corruption == name]
-        if len({len(differences) for differences in own}) != 1:
-            return "-"  # no pairs where sets hold different images
-        means.append(np.mean(own, axis=0))
-    if len({len(differences) for differences in means}) != 1 or len(means[0]) < 2:
-        return "-"
-    return with_error(np.mean(means, axis=0))
+    if len({len(cell.samples) for cell in cells}) != 1:
+        return "-"  # no cells, or cells of different images
+    differences = []
+    for cell in cells:
+        right = cell.right[one, "prediction"].astype(float)
+        differences.append(right - cell.right[other, "prediction"])
+    return with_error(mean_over(cells, differences))
 
 def with_error(difference):
     """The mean of differences (n,), one an image, in points, +- 2 standard errors."""
     error = difference.std(ddof=1) / math.sqrt(len(difference))
     return f"{100 * difference.mean():+.1f} +- {200 * error:.1f}"
 
-def table(header, rows):
-    """Aligned Markdown; numbers from 0 to 1 become percent with one decimal."""
+def show(header, rows):
+    """Print a table in Markdown, numbers from 0 to 1 in percent."""
     lines = [header]
     for row in rows:
-        lines.append([cell if isinstance(cell, str) else f"{100 * cell:.1f}" for cell in row])
+        cells = [cell if isinstance(cell, str) else f"{100 * cell:.1f}" for cell in row]
+        lines.append([cell.replace("nan", "-") for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
-    lines.insert(1, rule)
-    text = []
+    lines.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
+    print()
     for line in lines:
         cells = [cell.rjust(width) for cell, width in zip(line, widths)]
         cells[0] = line[0].ljust(widths[0])
-        text.append("| " + " | ".join(cells) + " |")
-    return "\n".join(text)
+        print("| " + " | ".join(cells) + " |", flush=True)
 
-def show(args, header, rows):
-    """Print a table, and keep it for --json; a NaN, of what a model does not have, becomes "-"."""
-    kept = [header]
-    for row in rows:
-        kept.append(["-" if cell != cell else cell for cell in row])
-    args.tables.append(kept)
-    print("\n" + table(header, kept[1:]), flush=True)
+def write(folders, args):
+    """--json, replaced as a whole: a run that ends early leaves what it has measured."""
+    cells = []
+    for cell in itertools.chain.from_iterable(folders):
+        found = {f"{name}: {key}": float(row.mean()) for (name, key), row in cell.right.items()}
+        cells.append({"folder": cell.folder, "corruption": cell.corruption,
+                      "severity": cell.severity, "images": len(cell.samples), "accuracy": found})
+    part = Path(f"{args.json}.part")
+    part.write_text(json.dumps({"arguments": vars(args), "cells": cells}, indent=1))
+    part.replace(args.json)
 
-def answering(columns, args):
-    """Names of all that answer: the columns, and with --average their mean."""
-    return [column.name for column in columns] + ["average"] * args.average
-
-def report(folder, folders, columns, args):
-    """Print the tables of a folder, as far as it was measured."""
-    names = answering(columns, args)
-    keys = [(name, "answer") for name in names]
-    n = len(folder.results[0][0].samples)
-    partial = " (partial)" * (len(folder.results) < len(folder.sets))
-    rows = summary(folder, keys) + errors(folder, folders, keys)
-    of_all = accuracies(folder, [(name, "of all") for name in names]).get(("", 0))
-    if of_all is not None and any(len(folder.classes) < column.count for column in columns):
-        rows.insert(1, ["  of all", *of_all])
-    show(args, [f"accuracy, {n} images{partial}", *names], rows)
+def report(folder, columns, names, args):
+    """Print the tables of a folder that was measured."""
+    title = folder[0].folder
+    clean = [cell for cell in folder if not cell.corruption]
+    corrupted = in_mean(folder)
+    keys = [(name, "prediction") for name in names]
+    rows = summary(folder, keys)
+    if corrupted:
+        rows.append(["mean error"] + [1 - value for value in rows[-1][1:]])
+    sizes = {(len(cell.samples), len({label for _, label in cell.samples})) for cell in corrupted}
+    is_imagenet = set(folder[0].classes) == set(IMAGENET)
+    if is_imagenet and len(corrupted) == 75 and len(sizes) == 1 and not args.limit:
+        rows.append(["mCE"])
+        for key in keys:
+            ratios = [(1 - cell.right[key].mean()) / ALEXNET[cell.corruption] for cell in corrupted]
+            rows[-1].append(mean_over(corrupted, ratios))
+    if any(len(folder[0].classes) < column.model.classes for column in columns):
+        of_all = [accuracy(clean or corrupted, (name, "of all")) for name in names]
+        rows.append(["of all outputs"] + of_all)
+    show([f"{title}: accuracy (%)"] + names, rows)
     for column in columns:
-        if column.kind == "plug-in" and len(column.model.heads) > 1:
-            predictors = [*HEADS, "answer", "oracle", "clean share"]
-            keys = [(column.original.name, "answer"), *[(column.name, p) for p in predictors]]
-            show(args, [column.name, "original", *HEADS, "selected", "oracle", "clean share"],
-                 summary(folder, keys))
-    pairs = []
-    for i, column in enumerate(columns):
-        if column.kind == "plug-in":
-            pairs += [(column.name, other) for other in names[:i]]
-    if args.average:
-        pairs += [("average", column.name) for column in columns]
+        if (column.name, "oracle") in folder[0].right:
+            keys = [(column.original.name, "prediction")]
+            keys += [(column.name, predictor) for predictor in PREDICTORS]
+            show([column.name, "original"] + PREDICTORS, summary(folder, keys))
+    pairs = [(column.name, column.original.name) for column in columns if column.original]
+    originals = [column.name for column in columns if column.is_original]
+    models = [name for name in names if name not in originals]
+    pairs += [(name, models[0]) for name in models[1:]]
+    if pairs:
+        rows = [[f"{one} minus {other}", paired(clean, one, other), paired(corrupted, one, other)]
+                for one, other in dict.fromkeys(pairs)]
+        show([f"{title}: points, +- 2 standard errors", "clean images", "corrupted"], rows)
+
+def average_of_shifts(folders, names):
+    """Print "Avg. shifts" of Tables 1 to 3: over all folders but the first."""
     rows = []
-    for one, other in pairs:
-        rows.append([f"{one} minus {other}", paired(folder, [""], one, other),
-                     paired(folder, folder.averaged, one, other)])
-    if rows:
-        show(args, ["points, +- 2 paired standard errors", "as they are", "corrupted"], rows)
-
-def average_of_shifts(folders, columns, args):
-    """Print the column "Avg. shifts" of Tables 1 to 3: the average over folders, a corrupted one by
-    its mean over corruptions; a model's own test set, where it is one, is no shift for it."""
-    names = answering(columns, args)
-    keys = [(name, "answer") for name in names]
-    rows = []
-    is_shift = []
+    shifts = []
     for folder in folders:
-        cells = accuracies(folder, keys)
-        if ("", 0) in cells:
-            rows.append([folder.name, *cells["", 0]])
-            shifts = []
-            for column in columns:
-                knows = set(folder.classes) == set(column.classes or IMAGENET)
-                is_own = folder.held_out and (knows or names_none(column, folder))
-                shifts.append(not is_own)
-            is_shift.append(shifts + [all(shifts)] * args.average)
-        if measured_corruptions(folder):
-            suffix = "-C" * any(test_set.made for test_set in folder.sets)
-            rows.append([folder.name + suffix, *mean_of(cells, measured_corruptions(folder))])
-            is_shift.append([True] * len(names))
-    if len(folders) < 2 or np.sum(is_shift, axis=0).max(initial=0) < 2:
-        return
-    accuracy = np.array([row[1:] for row in rows])
-    average = np.ma.masked_array(accuracy, np.logical_not(is_shift)).mean(0).filled(np.nan)
-    rows.append(["average of shifts", *average])
-    rows.append(["its error", *(1 - average)])
-    show(args, ["accuracy", *names], rows)
+        for row in summary(folder, [(name, "prediction") for name in names]):
+            if row[0].startswith(("clean images", "corrupted")):
+                rows.append([f"{folder[0].folder}, {row[0]}"] + row[1:])
+                if folder is not folders[0]:
+                    shifts.append(row[1:])
+    rows.append([f"average of all but {folders[0][0].folder}"] + list(np.mean(shifts, axis=0)))
+    show(["accuracy (%)"] + names, rows)
 
-def write_json(folders, columns, args, partial):
-    """Everything that was measured, with what is needed to repeat it."""
-    sets = []
-    for folder in folders:
-        for test_set, row in folder.results:
-            accuracy = {name: {} for name, _ in row}
-            for (name, predictor), right in row.items():
-                accuracy[name][predictor] = float(right.mean())
-            sets.append({"folder": folder.name, "corruption": test_set.corruption,
-                         "severity": test_set.severity, "made": test_set.made,
-                         "n": len(test_set.samples), "classes": len(folder.classes),
-                         "accuracy": accuracy})
-    versions = {m.__name__: m.__version__ for m in (torch, torchvision, open_clip, timm)}
-    models = {}
-    for column in columns:
-        models[column.name] = {"size": column.model.size}
-        if column.kind != "network":
-            models[column.name]["config"] = asdict(column.model.config)
-    own = {name: value for name, value in vars(args).items() if name != "tables"}
-    content = {"partial": partial, "sets": sets, "missing": {f.name: f.missing for f in folders},
-               "tables": args.tables, "arguments": own, "models": models, "versions": versions}
-    text = json.dumps(content, indent=1, default=float)
-    replace_file(Path(args.json).resolve(), text.encode())
-
-def plot(folders, columns, args):
+def plot(folders, names, path):
     """Accuracy, and the share of the clean head, against severity (Figure 3); 0 is uncorrupted."""
-    import matplotlib
     from matplotlib.figure import Figure
-    panels = {"answer": "accuracy (%)"}
-    if any(column.kind == "plug-in" and len(column.model.heads) > 1 for column in columns):
-        panels["clean share"] = "clean head chosen (%)"
-    figure = Figure(figsize=(6 * len(panels), 5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    colours = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(columns)))
-    for (predictor, title), axis in zip(panels.items(), axes):
-        for folder, style in zip(folders, itertools.cycle(("-", "--", ":", "-."))):
-            averaged = measured_corruptions(folder)
-            for column, colour in zip(columns, colours):
-                cells = accuracies(folder, [(column.name, predictor)])
-                severities = sorted({level for name, level in cells if name in ["", *averaged]})
-                values = []
-                for severity in severities:
-                    names = averaged if severity else [""]
-                    values.append(100 * mean_of(cells, names, severity)[0])
-                if averaged and not np.isnan(values).any():
-                    label = f"{column.name}, {folder.name}"
-                    axis.plot(severities, values, style, marker="o", color=colour, label=label)
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    labels = ["clean images"] + [f"severity {severity}" for severity in range(1, 6)]
+    titles = {"prediction": "accuracy (%)", "clean head chosen": "clean head chosen (%)"}
+    for axis, (predictor, title) in zip(axes, titles.items()):
         axis.set(xlabel="severity, 0 is uncorrupted", ylabel=title, xticks=range(6))
-        axis.legend(fontsize="small")
-    figure.savefig(args.plot)
+        for folder, style in zip(folders, itertools.cycle(("-", "--", ":", "-."))):
+            rows = summary(folder, [(name, predictor) for name in names])
+            values = {row[0]: 100 * np.array(row[1:]) for row in rows}
+            severities = [severity for severity in range(6) if labels[severity] in values]
+            axis.set_prop_cycle(None)  # a colour is a model, a style a folder
+            axis.plot(severities, [values[labels[severity]] for severity in severities], style,
+                      marker="o", label=[f"{name}, {folder[0].folder}" for name in names])
+    figure.legend(handles=axes[0].get_lines(), loc="outside right upper")
+    figure.savefig(path)
 
 # --- Transfer (Tables 1 and 3): linear probes -----------------------------------------------------
 
-def features(column, pixels):
-    """{name: (B, D)}: of a network, what its classifier sees; of a plug-in, "original" and where
-    tuning has acted: pooled activations after the shared section, or where nothing is shared what
-    the classifier of each head sees."""
-    model = column.model
-    if column.kind == "network":
-        return {"features": model.features(pixels)}
-    z = model.backbone(pixels)
-    if len(model.shared):
-        before = model.original[0](z)
-        after = model.shared(z)
-        return {"original": pooled(model, before), "tuned": pooled(model, after)}
-    found = {"original": model.original[1][:-1](z)}
-    for name, head in model.heads.items():
-        found[f"{name} head"] = head.features(z)
-    return found
-
-def pooled(student, h):
-    """Activations of any shape -> (B, D): the class token, else the mean over places."""
-    if h.ndim == 4:
-        return h.mean((2, 3))
-    if h.ndim == 3 and student.class_token:
-        return h[:, 0]
-    if h.ndim == 3:
-        return h.mean(1)
-    return h
-
 @torch.no_grad()
-def features_of(samples, column, args):
-    """({name: (n, D)}, labels (n,)) of images, on the views that are measured. Under torchrun each
-    process takes all of them."""
-    pictures = Pictures(samples, [column.model.size])
+def features_of(images, column, args):
+    """(features (n, 1 or 2, D), labels (n,)): what the original's and the tuned classifier see."""
+    model = column.model
     found = []
     every = []
-    loader = batches(pictures, range(len(pictures)), args.batch_size, args.workers)
-    for views, labels, _ in tqdm(loader, "batches of features", mininterval=2, disable=RANK > 0):
-        pixels = views[pictures.side or column.model.size].to(args.device) / 255
-        with autocast(args.device):
-            found.append(features(column, pixels))
-        every.append(labels.to(args.device))
-    names = found[0]
-    return {name: torch.cat([f[name].float() for f in found]) for name in names}, torch.cat(every)
+    cell = Cell("features", images.classes, images.samples)
+    for views, labels, _, _ in batches([cell], [column], args):
+        pixels = views[model.size] / 255
+        with autocast():
+            if not column.group:
+                places = [model.features(pixels)]
+            else:
+                z = model.backbone(pixels)
+                shared, head = model.original_top
+                places = [head[:-1](shared(z.clone())),
+                          model.heads["combined"].body(model.shared(z.clone()))]
+        found.append(torch.stack(places, 1).float())
+        every.append(labels)
+    return torch.cat(found), torch.cat(every)
 
-def probe_answers(known, labels, unseen, classes):
-    """Answers (m,) to features `unseen` (m, D) of a linear layer fitted to `known` (n, D), both
-    standardised by the latter."""
-    mean = known.mean(0)
-    std = known.std(0, correction=0).clamp_min(1e-6)
-    probe = nn.Linear(known.shape[1], classes, device=known.device)
-    linear_probe((known - mean) / std, labels, probe)
-    with torch.no_grad():
-        return probe((unseen - mean) / std).argmax(-1)
-
-def transfer_sets(path):
-    """(train samples, test samples, classes) of a --transfer folder; raises Refusal."""
-    train, classes = image_folder(Path(path, "train"))
-    test, others = image_folder(existing(path, "val", "test"))
-    if classes != others:
+def transfer(path, columns, args):
+    """Print the accuracy of linear probes fitted to train/ and tested on val/ or test/."""
+    train = ImageClasses(Path(path, "train"))
+    test = ImageClasses(part_of(path, "val", "test"))
+    if train.classes != test.classes:
         raise Refusal(f"--transfer {path}: needs train/ and val/ with the same classes")
-    return train, test, classes
-
-def transfer(name, sets, columns, args):
-    """Linear probes fitted and tested on what transfer_sets found: prints their accuracy, and of a
-    plug-in the difference that tuning made."""
-    train, test, classes = sets
     rows = []
-    for column in columns:
-        if column.kind == "original":
-            continue  # stands beside its plug-ins
+    for column in [column for column in columns if not column.is_original]:
         known, labels = features_of(train, column, args)
         unseen, truth = features_of(test, column, args)
-        before = None
-        for place in known:
-            answers = probe_answers(known[place], labels, unseen[place], len(classes))
-            right = (answers == truth).float().cpu().numpy()
-            row = [f"{column.name}, {place}", right.mean(), "-"]
-            if before is not None:
-                row[2] = with_error(right - before)
-            elif place == "original":
-                before = right
-            rows.append(row)
-    show(args, [f"linear probe, {name}", "accuracy", "minus original"], rows)
+        mean = known.mean(0)
+        std = known.std(0).clamp_min(1e-6)
+        right = []
+        for place, x in enumerate(((known - mean) / std).unbind(1)):
+            probe = torch.nn.Linear(x.shape[1], len(train.classes), device=DEVICE)
+            robustify.linear_probe(x, labels, probe)
+            found = probe(((unseen - mean) / std)[:, place]).argmax(-1)
+            right.append((found == truth).float().cpu().numpy())
+        rows.append([f"{column.name}, original", right[0].mean(), "-"])
+        if column.group:
+            rows.append([f"{column.name}, tuned", right[1].mean(), with_error(right[1] - right[0])])
+    show([f"linear probe, {path}", "accuracy (%)", "minus original"], rows)
 
 # --- Cost -----------------------------------------------------------------------------------------
 
-def flops_of_convolution_backward(grad, x, weight, *settings, out_shape):
-    """Of each gradient that is wanted, as many as the forward pass has; torch's counter takes a
-    grouped convolution for a dense one."""
-    wants_x, wants_weight, _ = settings[-1]
-    return 2 * math.prod(grad) * math.prod(weight[1:]) * (wants_x + wants_weight)
+def cost(path):
+    """Print GMACs and milliseconds of inference and training, over the library's forward pass."""
+    config = robustify.Config(**read_file(path)["config"])
+    network = robustify.load_original(path).to(DEVICE)
+    teacher = None
+    if config.teacher:
+        teacher = robustify.load_teacher(config, network.class_names).to(DEVICE)
+    number = torch.arange(64 if DEVICE == "cuda" else 4, device=DEVICE)
+    pixels = torch.rand(len(number), 3, network.size, network.size, device=DEVICE)
+
+    def infer(model):
+        with torch.no_grad(), autocast():
+            model(pixels)
+
+    def train(student):
+        with autocast():
+            loss = robustify.student_loss(student.train(), teacher, pixels, 0 * number,
+                                          number % 2 == 0)
+        loss.backward()
+        student.zero_grad()
+
+    rows = []
+    library = functools.partial(infer, network)
+    library_gmacs = count_macs(library)
+
+    def add(name, task):
+        gmacs = count_macs(task)
+        ms, library_ms = milliseconds([task, library])
+        rows.append([name, f"{gmacs / len(pixels):.4g}", f"{gmacs / library_gmacs:.3f}",
+                     f"{ms / len(pixels):.4g}", f"{ms / library_ms:.3f}"])
+
+    add("library's forward pass", library)
+    for recipe, row in RECIPES.items():
+        if teacher is None and "robust" in (row.clean_teacher, row.augmented_teacher):
+            continue
+        network.requires_grad_(True)
+        try:
+            student = cut(network, replace(config, recipe=recipe)).to(DEVICE)
+        except Refusal as reason:
+            print(reason)  # prompts are for ViTs
+            continue
+        if recipe in ("apt", "three-heads"):
+            add(f"inference, {recipe}", functools.partial(infer, student))
+        if any(p.requires_grad for p in student.parameters()):
+            add(f"training step, {recipe}", functools.partial(train, student))
+    show([f"{config.student}, an image", "GMACs", "/ library", "ms", "/ library"], rows)
+
+def milliseconds(tasks):
+    """Of each task, the median of five rounds in which they take turns."""
+    seconds = np.zeros((6, len(tasks)))
+    for turn, place in np.ndindex(seconds.shape):
+        start = time.perf_counter()
+        tasks[place]()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        seconds[turn, place] = time.perf_counter() - start
+    return 1000 * np.median(seconds[1:], axis=0)  # the first round warms up
 
 def count_macs(task):
     """Multiply-accumulates of task(), in 1e9; fused attention would hide from the counter."""
@@ -888,267 +637,96 @@ def count_macs(task):
     torch.backends.mha.set_fastpath_enabled(True)
     return counter.get_total_flops() / 2e9
 
-def milliseconds(tasks, device):
-    """{name: ms} of {name: function}: medians of five rounds in which all take turns, so that a
-    slow moment of the machine strikes all alike."""
-    seconds = {name: [] for name in tasks}
-    for _ in range(6):  # the first warms up
-        for name, task in tasks.items():
-            start = time.perf_counter()
-            task()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(times[1:]) for name, times in seconds.items()}
-
-def forward_pass(network, pixels, whole):
-    """Inference of the network that was tuned; `whole`: its last block computes all tokens, as the
-    library's does, and not the class token alone."""
-    blocks = [module for module in network.modules() if isinstance(module, ClassTokenBlock)]
-    for block in blocks:
-        block.whole = whole
-    with torch.no_grad(), autocast(pixels.device):
-        network(pixels)
-    for block in blocks:
-        block.whole = False
-
-def inference(student, pixels, passes):
-    """Inference of the student with K = passes."""
-    masks = student.masks
-    student.masks = masks.new_ones(passes, masks.shape[1])
-    with autocast(pixels.device):
-        student.eval().predict(pixels)
-    student.masks = masks
-
-def training_step(student, teacher, pixels):
-    """Loss and gradients, every second image augmented."""
-    labels = torch.zeros(len(pixels), dtype=torch.long, device=pixels.device)
-    is_clean = torch.arange(len(pixels), device=pixels.device) % 2 == 0
-    with autocast(pixels.device):
-        loss = student_loss(student.train(), teacher, pixels, labels, is_clean)
-    loss.backward()
-    student.zero_grad()
-
-def cost(path, config, args):
-    """Print what an image costs: inference under one head (apt) and under three, and a training
-    step of each recipe, for the student of a plug-in; beside the network that it was made from, by
-    the library's own forward pass, and with its last block computed for the class token alone."""
-    network = load_original(path).to(args.device)
-    teacher = None
-    if config.teacher:
-        teacher = load_network(beside(path, config.teacher)).to(args.device)
-    n = 64 if args.device == "cuda" else 4
-    pixels = torch.rand(n, 3, network.size, network.size, device=args.device)
-    tasks = {"library's forward pass": functools.partial(forward_pass, network, pixels, True)}
-    ratios = {"/ library": "library's forward pass"}
-    if any(isinstance(module, ClassTokenBlock) for module in network.modules()):
-        tasks["the same, class token"] = functools.partial(forward_pass, network, pixels, False)
-        ratios["/ class token"] = "the same, class token"
-    K = config.passes
-    apt = assemble(network, replace(config, recipe="apt")).to(args.device)
-    tasks[f"apt, K = {K}"] = functools.partial(inference, apt, pixels, K)
-    three_heads = assemble(network, replace(config, recipe="three-heads")).to(args.device)
-    for passes in (1, K):
-        name = f"three-heads, K = {passes}"
-        tasks[name] = functools.partial(inference, three_heads, pixels, passes)
-    if teacher is not None:
-        tasks["teacher"] = functools.partial(forward_pass, teacher, pixels, False)
-    for recipe, row in RECIPES.items():
-        if "robust" in (row.clean_teacher, row.augmented_teacher) and teacher is None:
-            continue
-        if config.zero_shot and row.cut == "features":
-            continue  # nothing to tune
-        student = assemble(network, replace(config, recipe=recipe)).to(args.device)
-        name = f"train {recipe}, {count_parameters(student.shared, student.heads) / 1e6:.2f} M"
-        tasks[name] = functools.partial(training_step, student, teacher, pixels)
-    ms = milliseconds(tasks, args.device)
-    gmacs = {name: count_macs(task) for name, task in tasks.items()}
-    rows = []
-    for name in tasks:
-        row = [name]
-        for measured in (gmacs, ms):
-            row.append(f"{measured[name] / n:.4g}")
-            row += [f"{measured[name] / measured[base]:.3f}" for base in ratios.values()]
-        rows.append(row)
-    title = f"{Path(config.student).name}, {count_parameters(network) / 1e6:.2f} M, an image"
-    show(args, [title, "GMACs", *ratios, "ms", *ratios], rows)
+def flops_of_convolution_backward(grad, x, weight, *settings, out_shape):
+    """Those of each gradient wanted; torch's own takes a grouped convolution for a dense one."""
+    wants_x, wants_weight, _ = settings[-1]
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * (wants_x + wants_weight)
 
 # --- The corruptions of ImageNet-C [11] as a library ----------------------------------------------
-# A corruption is a function of images x (B, 3, n, n) in [0, 1], one torch.Generator an image, and
-# the parameters of one severity. Lengths are in pixels, grey levels in units of the whole range.
-
-PARAMETERS = {  # parameter -> its values at severity 1 to 5 for 224, for 64 and for 32 px
-    "gaussian_noise": {
-        "sigma": ((.08, .12, .18, .26, .38), (.04, .08, .12, .15, .18), (.04, .06, .08, .09, .1))},
-    "shot_noise": {
-        "photons": ((60, 25, 12, 5, 3), (250, 100, 50, 30, 15), (500, 250, 100, 75, 50))},
-    "impulse_noise": {
-        "amount": ((.03, .06, .09, .17, .27), (.01, .02, .05, .08, .14),
-                   (.01, .02, .03, .05, .07))},
-    "defocus_blur": {
-        "radius": ((3, 4, 6, 8, 10), (.5, 1, 1.5, 2.5, 3), (.3, .4, .5, 1, 1.5)),
-        "alias": ((.1, .5, .5, .5, .5), (.6, .1, .1, .01, .1), (.4, .5, .6, .2, .1))},
-    "glass_blur": {
-        "sigma": ((.7, .9, 1, 1.1, 1.5), (.1, .5, .6, .7, .9), (.05, .25, .4, .25, .4)),
-        "shift": ((1, 2, 2, 3, 4), (1, 1, 1, 2, 2), (1, 1, 1, 1, 1)),
-        "rounds": ((2, 1, 3, 2, 2), (1, 1, 2, 1, 2), (1, 1, 1, 2, 2))},
-    "motion_blur": {
-        "radius": ((10, 15, 15, 15, 20), (10, 10, 10, 10, 12), (6, 6, 6, 8, 9)),
-        "sigma": ((3, 5, 8, 12, 15), (1, 1.5, 2, 2.5, 3), (1, 1.5, 2, 2, 2.5))},
-    "zoom_blur": {
-        "stop": ((1.11, 1.16, 1.21, 1.26, 1.31), (1.06, 1.11, 1.16, 1.21, 1.26),
-                 (1.06, 1.11, 1.16, 1.21, 1.26)),
-        "step": ((.01, .01, .02, .02, .03), (.01, .01, .01, .01, .01), (.01, .01, .01, .01, .01))},
-    "snow": {
-        "mean": ((.1, .2, .55, .55, .55), (.1, .1, .15, .25, .3), (.1, .1, .15, .25, .3)),
-        "std": ((.3, .3, .3, .3, .3), (.2, .2, .3, .3, .3), (.2, .2, .3, .3, .3)),
-        "zoom": ((3, 2, 4, 4.5, 2.5), (1, 1, 1.75, 2.25, 1.25), (1, 1, 1.75, 2.25, 1.25)),
-        "threshold": ((.5, .5, .9, .85, .85), (.6, .5, .55, .6, .65), (.6, .5, .55, .6, .65)),
-        "radius": ((10, 12, 12, 12, 12), (8, 10, 10, 12, 14), (8, 10, 10, 12, 14)),
-        "sigma": ((4, 4, 8, 8, 12), (3, 4, 4, 6, 12), (3, 4, 4, 6, 12)),
-        "mix": ((.8, .7, .7, .65, .55), (.8, .8, .7, .65, .6), (.95, .9, .9, .85, .8))},
-    "frost": {
-        "image_weight": ((1, .8, .7, .65, .6), (1, .9, .8, .75, .7), (1, 1, .9, .85, .75)),
-        "texture_weight": ((.4, .6, .7, .7, .75), (.3, .4, .45, .5, .55), (.2, .3, .4, .4, .45))},
-    "fog": {
-        "amount": ((1.5, 2, 2.5, 2.5, 3), (.4, .7, 1, 1.5, 2), (.2, .5, .75, 1, 1.5)),
-        "decay": ((2, 2, 1.7, 1.5, 1.4), (3, 3, 2.5, 2, 1.75), (3, 3, 2.5, 2, 1.75))},
-    "brightness": {"amount": ((.1, .2, .3, .4, .5), (.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3))},
-    "contrast": {"factor": ((.4, .3, .2, .1, .05), (.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15))},
-    "elastic_transform": {
-        "alpha": ((488, 488, 12.2, 17.08, 29.28), (0, 3.2, 6.4, 6.4, 10.24),
-                  (0, 1.6, 2.56, 3.2, 3.2)),
-        "sigma": ((170.8, 19.52, 2.44, 2.44, 2.44), (0, 19.2, 5.12, 1.92, 1.92),
-                  (0, 6.4, 1.92, 1.28, .96)),
-        "affine": ((24.4, 48.8, 4.88, 4.88, 4.88), (5.12, 3.84, 3.84, 1.92, 1.28),
-                   (2.56, 2.24, 1.92, 1.6, .96))},
-    "pixelate": {"scale": ((.6, .5, .4, .3, .25), (.9, .8, .7, .6, .5), (.95, .9, .85, .75, .65))},
-    "jpeg_compression": {
-        "quality": ((25, 18, 15, 10, 7), (65, 58, 50, 40, 25), (80, 65, 58, 50, 40))},
-    "speckle_noise": {
-        "sigma": ((.15, .2, .35, .45, .6), (.15, .2, .25, .3, .35), (.06, .1, .12, .16, .2))},
-    "gaussian_blur": {"sigma": ((1, 2, 3, 4, 6), (.5, .75, 1, 1.25, 1.5), (.4, .6, .7, .8, 1))},
-    "saturate": {
-        "factor": ((.3, .1, 2, 5, 20), (.3, .1, 2, 5, 30), (.3, .1, 1.5, 2, 2.5)),
-        "shift": ((0, 0, 0, .1, .2), (0, 0, 0, .1, .2), (0, 0, 0, .1, .2))}}
-VALIDATION = ("speckle_noise", "gaussian_blur", "saturate")  # for tuning: in no mean of the fifteen
-FIFTEEN = tuple(name for name in PARAMETERS if name not in VALIDATION)
-CHUNK = 8  # images corrupted at a time, so that a large batch needs no more memory
+# A corruption is a function of one image x (3, n, n) in [0, 1] and the parameters of one severity.
+# Lengths are in pixels, grey levels in units of the whole range; torch's generator draws.
 
 def levels(x):
-    """The grey levels 0 to 255 of x: cut, not rounded, as published."""
+    """The grey levels 0 to 255 of x: cut off, not rounded, as published."""
     return (x.clamp(0, 1) * 255 + 1e-4).floor()  # float32 may leave a whole number a little short
 
-def normal(generators, shape):
-    """Standard normal numbers (B, ...), `shape` of them from each generator."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
-
-def uniform(generators, shape, low, high):
-    """Numbers (B, ...) uniform in [low, high), `shape` of them from each generator."""
-    return torch.stack([torch.empty(shape).uniform_(low, high, generator=g) for g in generators])
-
-def gaussian_noise(x, generators, sigma):
+def gaussian_noise(x, sigma):
     """Add normal noise of standard deviation sigma."""
-    return x + sigma * normal(generators, x.shape[1:]).to(x)
+    return x + sigma * torch.randn_like(x)
 
-def shot_noise(x, generators, photons):
+def shot_noise(x, photons):
     """Count photons, of which a white pixel receives `photons` on average."""
-    expected = (x * photons).cpu()
-    counts = [torch.poisson(image, generator) for image, generator in zip(expected, generators)]
-    return torch.stack(counts).to(x) / photons
+    return torch.poisson(x * photons) / photons
 
-def impulse_noise(x, generators, amount):
+def impulse_noise(x, amount):
     """Turn the share `amount` of all values into salt (1) or pepper (0)."""
-    chance = uniform(generators, x.shape[1:], 0, 1).to(x)
+    chance = torch.rand_like(x)
     salted = torch.where(chance < amount, 1, x)
     return torch.where(chance < amount / 2, 0, salted)
 
-def speckle_noise(x, generators, sigma):
+def speckle_noise(x, sigma):
     """Add normal noise of standard deviation sigma times the value."""
-    return x + x * sigma * normal(generators, x.shape[1:]).to(x)
+    return x + x * sigma * torch.randn_like(x)
 
 def gaussian_weights(offsets, sigma):
     """A Gaussian at integer offsets from its peak, with sum 1."""
     return torch.softmax(-offsets**2 / (2 * sigma**2), 0)
 
-def padded_indices(n, width, mode):
-    """The pixels that a line of n shows when it goes on for `width` px at both ends."""
-    return torch.from_numpy(np.pad(np.arange(n), width, mode))  # F.pad refuses a width over n
-
-def defocus_blur(x, generators, radius, alias):
+def defocus_blur(x, radius, alias):
     """Blur by a disk of `radius` px, its rim smoothed by a Gaussian of `alias` px."""
-    width = max(8, radius)
+    width = int(max(8, radius))
     line = torch.arange(-width, width + 1.0)
     disk = (line[:, None]**2 + line**2 <= radius**2).float()
-    disk = disk / disk.sum()
-
-    reach = 1
-    if radius > 8:
-        reach = 2
+    reach = 1 + int(radius > 8)
     weights = gaussian_weights(torch.arange(-reach, reach + 1), alias)
-    disk = F.pad(disk[None, None], (reach,) * 4, mode="reflect")
-    kernel = F.conv2d(disk, torch.outer(weights, weights)[None, None]).to(x)
+    disk = F.pad((disk / disk.sum())[None], (reach,) * 4, mode="reflect")
+    kernel = F.conv2d(disk, torch.outer(weights, weights)[None, None])
+    return F.conv2d(F.pad(x, (width,) * 4, mode="reflect"), kernel.expand(3, 1, -1, -1), groups=3)
 
-    indices = padded_indices(x.shape[-1], width, "reflect").to(x.device)
-    x = x[:, :, indices][:, :, :, indices]
-    return F.conv2d(x, kernel.expand(3, 1, -1, -1), groups=3)
-
-def gaussian(x, sigma, truncate=4, mode="edge"):
+def gaussian_blur(x, sigma, truncate=4, mode="edge"):
     """Blur by a Gaussian of sigma px, cut at truncate * sigma; `mode` names np.pad's borders."""
     n = x.shape[-1]
     radius = int(truncate * sigma + 0.5)
     weights = gaussian_weights(torch.arange(-radius, radius + 1), sigma)
-    # Row i of the matrix holds the weight of each pixel in pixel i of the result: two small
-    # products are faster than a convolution, and borders wider than the image need no care.
-    read = padded_indices(n, radius, mode).unfold(0, 2 * radius + 1, 1)
-    matrix = torch.zeros(n, n).scatter_add_(1, read, weights.expand(n, -1)).to(x)
+    # Row i of the matrix says how much of each pixel goes into pixel i. Two small products beat a
+    # convolution here, and borders wider than the image need no special care.
+    padded = torch.from_numpy(np.pad(np.arange(n), radius, mode))
+    sources = padded.unfold(0, 2 * radius + 1, 1)
+    matrix = torch.zeros(n, n).scatter_add_(1, sources, weights.expand(n, -1))
     return matrix @ x @ matrix.T
 
-def gaussian_blur(x, generators, sigma):
-    """Blur by a Gaussian of sigma px."""
-    return gaussian(x, sigma)
-
-def glass_blur(x, generators, sigma, shift, rounds):
+def glass_blur(x, sigma, shift, rounds):
     """Blur by sigma px, let pixels copy others up to `shift` px away for `rounds`, blur again."""
     n = x.shape[-1]
-    x = levels(gaussian(x, sigma)) / 255
-    pixel = torch.arange(n * n, device=x.device).expand(len(x), -1)
+    x = levels(gaussian_blur(x, sigma)) / 255
+    pixel = torch.arange(n * n)
     nearest = torch.minimum(pixel // n, pixel % n)
     farthest = torch.maximum(pixel // n, pixel % n)
     inner = (nearest > shift) & (farthest <= n - shift)
-    for _ in range(rounds):
-        moves = [torch.randint(-shift, shift, (2, n * n), generator=g) for g in generators]
-        down, right = torch.stack(moves).to(x.device).unbind(1)
+    for _ in range(int(rounds)):
+        down, right = torch.randint(-int(shift), int(shift), (2, n * n))
         target = torch.where(inner, pixel + n * down + right, pixel)
+        # As published, a round runs from the last pixel to the first, in place: a target further on
+        # is a copy already. Each look at where a look leads follows such a chain twice as far.
+        end = torch.where(inner[target] & (target > pixel), target, pixel)
+        while not torch.equal(end, end[end]):
+            end = end[end]
+        x = x.flatten(1)[:, target[end]].view_as(x)
+    return gaussian_blur(x, sigma)
 
-        # As published, a round runs from the last pixel to the first and changes the image in
-        # place: a target further on is a copy already. Such pixels form chains, and looking up
-        # where each lookup leads follows them twice as far every time.
-        copied = inner.gather(1, target) & (target > pixel)
-        end = torch.where(copied, target, pixel)
-        further = end.gather(1, end)
-        while not torch.equal(end, further):
-            end = further
-            further = end.gather(1, end)
-        source = target.gather(1, end)
-        x = x.flatten(2).gather(2, source[:, None].expand(-1, 3, -1)).view_as(x)
-    return gaussian(x, sigma)
-
-def motion_blur(x, generators, radius, sigma, low=-45, high=45):
+def motion_blur(x, radius, sigma, low=-45, high=45):
     """Smear by half a Gaussian of sigma px, 2 * radius + 1 long, at `low` to `high` degrees."""
     n = x.shape[-1]
-    taps = 2 * radius + 1
-    weights = gaussian_weights(torch.arange(taps), sigma).tolist()
-    angles = uniform(generators, (), low, high).deg2rad().tolist()
+    taps = int(2 * radius + 1)
+    angle = math.radians(torch.empty(()).uniform_(low, high))
+    weights = gaussian_weights(torch.arange(taps), sigma)
     padded = F.pad(x, (taps,) * 4, mode="replicate")
     smeared = torch.zeros_like(x)
-    for image, angle in enumerate(angles):
-        for tap, weight in enumerate(weights):
-            # ImageMagick reads whole pixels along the line, halves rounded down.
-            top = taps + math.ceil(tap * math.sin(angle) - 0.5)
-            left = taps + math.ceil(tap * math.cos(angle) - 0.5)
-            seen = padded[image, :, top:top + n, left:left + n]
-            smeared[image].add_(seen, alpha=weight)
+    for tap, weight in enumerate(weights):
+        # ImageMagick reads whole pixels along the line, halves rounded down.
+        top = taps + math.ceil(tap * math.sin(angle) - 0.5)
+        left = taps + math.ceil(tap * math.cos(angle) - 0.5)
+        smeared += weight * padded[:, top:top + n, left:left + n]
     return levels(smeared) / 255  # ImageMagick returns 8 bits: snow is lighter without this
 
 def zoomed(x, factor):
@@ -1157,12 +735,12 @@ def zoomed(x, factor):
     crop = math.ceil(n / factor)
     top = (n - crop) // 2
     size = round(crop * factor)
-    x = x[..., top:top + crop, top:top + crop]
-    x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=True)
+    x = x[None, :, top:top + crop, top:top + crop]
+    x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=True)[0]
     trim = (size - n) // 2
-    return x[..., trim:trim + n, trim:trim + n]
+    return x[:, trim:trim + n, trim:trim + n]
 
-def zoom_blur(x, generators, stop, step):
+def zoom_blur(x, stop, step):
     """Average x with its centre magnified by 1, 1 + step, ... up to `stop`."""
     factors = np.arange(1, stop, step)  # its float rounding decides on the last, as published
     total = x.clone()
@@ -1170,342 +748,244 @@ def zoom_blur(x, generators, stop, step):
         total += zoomed(x, factor)
     return total / (len(factors) + 1)
 
-def snow(x, generators, mean, std, zoom, threshold, radius, sigma, mix):
+def snow(x, mean, std, zoom, threshold, radius, sigma, mix):
     """Whiten the image and let flakes fall: noise over `threshold`, magnified and smeared."""
-    n = x.shape[-1]
-    noise = normal(generators, (1, n, n)).to(x)
-    flakes = zoomed(mean + std * noise, zoom)
+    flakes = zoomed(mean + std * torch.randn_like(x[:1]), zoom)
     flakes = levels(torch.where(flakes < threshold, 0, flakes)) / 255
-    flakes = motion_blur(flakes, generators, radius, sigma, low=-135, high=-45)
+    flakes = motion_blur(flakes, radius, sigma, low=-135, high=-45)
     grey = v2.functional.rgb_to_grayscale(x)
     x = mix * x + (1 - mix) * torch.maximum(x, 1.5 * grey + 0.5)
-    return x + flakes + flakes.rot90(2, (2, 3))
-
-def check_frost(folder):
-    """The files frost1 to frost5 of the folder with ImageNet-C's photos, or a Refusal."""
-    files = []
-    for number in range(1, 6):  # as published the sixth photo is never drawn
-        found = sorted(Path(folder).glob(f"frost{number}.*"))
-        if not found:
-            raise Refusal(f"--frost {folder}: has no frost{number}.*; the photos frost1 to frost5 "
-                          "come with ImageNet-C's code")
-        files.append(found[0])
-    return files
+    return x + flakes + flakes.rot90(2, (1, 2))
 
 @functools.cache
-def frost_photos(folder, n):
-    """The five photos (3, H, W) in [0, 1], at the scale that suits images of n px."""
-    photos = []
-    for file in check_frost(folder):
-        photo = v2.functional.pil_to_tensor(Image.open(file).convert("RGB")) / 255
-        height, width = photo.shape[1:]
-        scale = float(np.interp(n, (32, 64, 224), (0.2, 0.3, 1)))
-        scale = max(scale, n / min(height, width))  # a photo has to cover the image
-        size = (round(height * scale), round(width * scale))
-        photos.append(F.interpolate(photo[None], size=size, mode="bilinear")[0])
-    return photos
+def frost_photo(path, n):
+    """A photo (3, H, W) in [0, 1], at the scale that suits images of n px."""
+    photo = read_image(path)[None] / 255
+    scale = max(np.interp(n, (64, 224), (0.3, 1)), n / min(photo.shape[2:]))  # to cover an image
+    size = [round(side * scale) for side in photo.shape[2:]]
+    return F.interpolate(photo, size=size, mode="bilinear")[0]
 
-def frost(x, generators, image_weight, texture_weight, folder):
-    """Mix the image with a random piece of one of the photos in `folder`, each by its weight."""
+def frost(x, image_weight, texture_weight, folder):
+    """Mix in a piece of one of the photos frost1 to frost5 of `folder`; no other is published."""
     n = x.shape[-1]
-    photos = frost_photos(folder, n)
-    pieces = []
-    for generator in generators:
-        photo = photos[torch.randint(5, (), generator=generator)]
-        height, width = photo.shape[1:]
-        top = torch.randint(max(height - n, 1), (), generator=generator)
-        left = torch.randint(max(width - n, 1), (), generator=generator)
-        pieces.append(photo[:, top:top + n, left:left + n])
-    return image_weight * x + texture_weight * torch.stack(pieces).to(x)
+    files = sorted(Path(folder).glob("frost[1-5].*"))
+    photo = frost_photo(files[int(torch.randint(5, ()))], n)
+    top = int(torch.randint(max(photo.shape[1] - n, 1), ()))
+    left = int(torch.randint(max(photo.shape[2] - n, 1), ()))
+    return image_weight * x + texture_weight * photo[:, top:top + n, left:left + n]
 
-def jittered(total, amplitude, generators):
+def jittered(total, amplitude):
     """The mean of four neighbours, given their sum, and a random step."""
-    step = uniform(generators, total.shape[1:], -amplitude, amplitude)
+    step = torch.empty_like(total).uniform_(-amplitude, amplitude)
     return total / 4 + amplitude * step  # the amplitude enters twice, as published
 
-def plasma(generators, n, decay):
-    """Clouds (B, n, n) in [0, 1]: a diamond-square fractal, rougher with less `decay`."""
-    size = 2
-    while size < n:
-        size *= 2
-    cloud = torch.zeros(len(generators), size, size)
+def plasma(n, decay):
+    """Clouds (n, n) in [0, 1]: a diamond-square fractal, rougher with less `decay`."""
+    size = 1 << (n - 1).bit_length()
+    cloud = torch.zeros(size, size)
     step = size
     amplitude = 100.0
     while step >= 2:
         half = step // 2
-        corners = cloud[:, ::step, ::step]
-        pairs = corners + corners.roll(-1, 1)
-        centres = jittered(pairs + pairs.roll(-1, 2), amplitude, generators)
-        above = centres + centres.roll(1, 1) + corners + corners.roll(-1, 2)
-        beside = centres + centres.roll(1, 2) + pairs
-        cloud[:, half::step, half::step] = centres
-        cloud[:, ::step, half::step] = jittered(above, amplitude, generators)
-        cloud[:, half::step, ::step] = jittered(beside, amplitude, generators)
+        corners = cloud[::step, ::step]
+        pairs = corners + corners.roll(-1, 0)
+        centres = jittered(pairs + pairs.roll(-1, 1), amplitude)
+        above = centres + centres.roll(1, 0) + corners + corners.roll(-1, 1)
+        beside = centres + centres.roll(1, 1) + pairs
+        cloud[half::step, half::step] = centres
+        cloud[::step, half::step] = jittered(above, amplitude)
+        cloud[half::step, ::step] = jittered(beside, amplitude)
         step = half
         amplitude = amplitude / decay
-    cloud = cloud - cloud.amin((1, 2), keepdim=True)
-    cloud = cloud / cloud.amax((1, 2), keepdim=True)
-    return cloud[:, :n, :n]
+    cloud = cloud - cloud.min()
+    return (cloud / cloud.max())[:n, :n]
 
-def fog(x, generators, amount, decay):
+def fog(x, amount, decay):
     """Add `amount` times a cloud, then darken until no value is above the largest of before."""
-    peak = x.amax((1, 2, 3), keepdim=True)
-    cloud = plasma(generators, x.shape[-1], decay)[:, None].to(x)
-    return (x + amount * cloud) * peak / (peak + amount)
+    peak = x.max()
+    return (x + amount * plasma(x.shape[-1], decay)) * peak / (peak + amount)
 
-def brightness(x, generators, amount):
+def brightness(x, amount):
     """Raise the HSV value, the largest channel, by `amount`; hue and saturation stay."""
-    value = x.amax(1, keepdim=True)
+    value = x.amax(0, keepdim=True)
     colour = torch.where(value > 0, x / value.clamp_min(1e-8), 1)
     return colour * (value + amount).clamp_max(1)
 
-def saturate(x, generators, factor, shift):
+def saturate(x, factor, shift):
     """Set HSV saturation s to s * factor + shift; hue and value stay."""
-    value = x.amax(1, keepdim=True)
-    saturation = (value - x.amin(1, keepdim=True)) / value.clamp_min(1e-8)
+    value = x.amax(0, keepdim=True)
+    saturation = (value - x.amin(0, keepdim=True)) / value.clamp_min(1e-8)
     # How far each channel lies below the value at full saturation. Grey has hue 0, red.
-    below_red = torch.tensor([0.0, 1.0, 1.0]).to(x)[:, None, None] * value
+    below_red = torch.tensor([0.0, 1.0, 1.0])[:, None, None] * value
     below = (value - x) / saturation.clamp_min(1e-8)
     below = torch.where(saturation < 1e-8, below_red, below)
     return value - below * (saturation * factor + shift).clamp(0, 1)
 
-def contrast(x, generators, factor):
+def contrast(x, factor):
     """Scale the distance from the mean of each channel by `factor`."""
-    mean = x.mean((2, 3), keepdim=True)
+    mean = x.mean((1, 2), keepdim=True)
     return (x - mean) * factor + mean
 
-def elastic_transform(x, generators, alpha, sigma, affine):
-    """Move three points by up to `affine` px and the rest along, then each pixel on its own by
-    alpha times uniform noise that is smoothed over sigma px."""
+def elastic_transform(x, alpha, sigma, affine):
+    """Move three points by up to `affine` px, then each pixel by alpha times smoothed noise."""
     n = x.shape[-1]
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
-    points = (signs * (n // 3) + n // 2).to(x)
-    moved = points + uniform(generators, (3, 2), -affine, affine).to(x)
-    back = torch.linalg.solve(F.pad(moved, (0, 1), value=1), points.expand_as(moved))
-    line = torch.arange(n, device=x.device)
-    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).to(x)
-    source = F.pad(grid, (0, 1), value=1) @ back[:, None]
+    points = signs * (n // 3) + n // 2
+    moved = points + torch.empty(3, 2).uniform_(-affine, affine)
+    back = torch.linalg.solve(F.pad(moved, (0, 1), value=1), points)
+    line = torch.arange(n)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).float()
+    source = F.pad(grid, (0, 1), value=1) @ back
     # Borders mirror about the centre of the last pixel here, and about its outer edge below.
-    source = 2 * source / max(n - 1, 1) - 1
-    x = F.grid_sample(x, source, padding_mode="reflection", align_corners=True)
+    source = 2 * source / (n - 1) - 1
+    x = F.grid_sample(x[None], source[None], padding_mode="reflection", align_corners=True)
     if alpha == 0:
-        return x
-    noise = uniform(generators, (2, n, n), -1, 1).to(x)
-    noise = gaussian(noise, sigma, truncate=3, mode="symmetric")
-    source = grid + alpha * noise.permute(0, 2, 3, 1)
-    source = (2 * source + 1) / n - 1
-    return F.grid_sample(x, source, padding_mode="reflection", align_corners=False)
+        return x[0]
+    noise = torch.empty(2, n, n).uniform_(-1, 1)
+    noise = gaussian_blur(noise, sigma, truncate=3, mode="symmetric")
+    source = (2 * (grid + alpha * noise.permute(1, 2, 0)) + 1) / n - 1
+    return F.grid_sample(x, source[None], padding_mode="reflection", align_corners=False)[0]
 
-def pixelate(x, generators, scale):
+def pixelate(x, scale):
     """Shrink to `scale` times the size and enlarge again, by Pillow's box filter."""
     n = x.shape[-1]
-    few = max(int(n * scale), 1)
-    coarse = []
-    for pixels in (x * 255).round().byte().cpu():
-        image = v2.functional.to_pil_image(pixels)
-        image = image.resize((few, few), Image.BOX).resize((n, n), Image.BOX)
-        coarse.append(v2.functional.pil_to_tensor(image))
-    return torch.stack(coarse).to(x) / 255
+    few = int(n * scale)
+    image = v2.functional.to_pil_image((x * 255).round().byte())
+    image = image.resize((few, few), Image.BOX).resize((n, n), Image.BOX)
+    return v2.functional.pil_to_tensor(image) / 255
 
-def jpeg(images, quality):
-    """Encode images (uint8) as JPEG of this quality and decode them again."""
-    decoded = []
-    for image in images.cpu():
-        file = io.BytesIO()
-        v2.functional.to_pil_image(image).save(file, "JPEG", quality=quality)
-        decoded.append(v2.functional.pil_to_tensor(Image.open(file)))
-    return torch.stack(decoded).to(images.device)
-
-def jpeg_compression(x, generators, quality):
+def jpeg_compression(x, quality):
     """Encode as JPEG of this quality and decode again."""
-    return jpeg((x * 255).round().byte(), quality) / 255
+    return v2.functional.jpeg((x * 255).round().byte(), int(quality)) / 255
 
-CORRUPTIONS = {
-    "gaussian_noise": gaussian_noise, "shot_noise": shot_noise, "impulse_noise": impulse_noise,
-    "defocus_blur": defocus_blur, "glass_blur": glass_blur, "motion_blur": motion_blur,
-    "zoom_blur": zoom_blur, "snow": snow, "frost": frost, "fog": fog, "brightness": brightness,
-    "contrast": contrast, "elastic_transform": elastic_transform, "pixelate": pixelate,
-    "jpeg_compression": jpeg_compression, "speckle_noise": speckle_noise,
-    "gaussian_blur": gaussian_blur, "saturate": saturate}
+TABLE = (  # function, AlexNet's error [11], parameters at severity 1 to 5 for 224 px, for 64 px
+    (gaussian_noise, .886428, ".08 .12 .18 .26 .38", ".04 .08 .12 .15 .18"),
+    (shot_noise, .894468, "60 25 12 5 3", "250 100 50 30 15"),
+    (impulse_noise, .922640, ".03 .06 .09 .17 .27", ".01 .02 .05 .08 .14"),
+    (defocus_blur, .819880, "3,.1 4,.5 6,.5 8,.5 10,.5", ".5,.6 1,.1 1.5,.1 2.5,.01 3,.1"),
+    (glass_blur, .826268, ".7,1,2 .9,2,1 1,2,3 1.1,3,2 1.5,4,2",
+     ".1,1,1 .5,1,1 .6,1,2 .7,2,1 .9,2,2"),
+    (motion_blur, .785948, "10,3 15,5 15,8 15,12 20,15", "10,1 10,1.5 10,2 10,2.5 12,3"),
+    (zoom_blur, .798360, "1.11,.01 1.16,.01 1.21,.02 1.26,.02 1.31,.03",
+     "1.06,.01 1.11,.01 1.16,.01 1.21,.01 1.26,.01"),
+    (snow, .866816,
+     ".1,.3,3,.5,10,4,.8 .2,.3,2,.5,12,4,.7 .55,.3,4,.9,12,8,.7 "
+     ".55,.3,4.5,.85,12,8,.65 .55,.3,2.5,.85,12,12,.55",
+     ".1,.2,1,.6,8,3,.8 .1,.2,1,.5,10,4,.8 .15,.3,1.75,.55,10,4,.7 "
+     ".25,.3,2.25,.6,12,6,.65 .3,.3,1.25,.65,14,12,.6"),
+    (frost, .826572, "1,.4 .8,.6 .7,.7 .65,.7 .6,.75", "1,.3 .9,.4 .8,.45 .75,.5 .7,.55"),
+    (fog, .819324, "1.5,2 2,2 2.5,1.7 2.5,1.5 3,1.4", ".4,3 .7,3 1,2.5 1.5,2 2,1.75"),
+    (brightness, .564592, ".1 .2 .3 .4 .5", ".1 .2 .3 .4 .5"),
+    (contrast, .853204, ".4 .3 .2 .1 .05", ".4 .3 .2 .1 .05"),
+    (elastic_transform, .646056,
+     "488,170.8,24.4 488,19.52,48.8 12.2,2.44,4.88 17.08,2.44,4.88 29.28,2.44,4.88",
+     "0,0,5.12 3.2,19.2,3.84 6.4,5.12,3.84 6.4,1.92,1.92 10.24,1.92,1.28"),
+    (pixelate, .717840, ".6 .5 .4 .3 .25", ".9 .8 .7 .6 .5"),
+    (jpeg_compression, .606500, "25 18 15 10 7", "65 58 50 40 25"),
+    (speckle_noise, None, ".15 .2 .35 .45 .6", ".15 .2 .25 .3 .35"),  # from here on: for tuning
+    (gaussian_blur, None, "1 2 3 4 6", ".5 .75 1 1.25 1.5"),
+    (saturate, None, ".3,0 .1,0 2,0 5,.1 20,.2", ".3,0 .1,0 2,0 5,.1 30,.2"))
+CORRUPTIONS = {row[0].__name__: row for row in TABLE}
+ALEXNET = {name: row[1] for name, row in CORRUPTIONS.items() if row[1]}
 
-def corrupt(images, name, severity, indices, seed=0, frost=None):
-    """Corrupt images (B, 3, n, n) of uint8 by name, at severity 1 to 5; `frost` is the folder of
-    photos. Each image has a generator of (seed, its index, name, severity): its batch is no matter.
-    """
-    height, width = images.shape[2:]
-    if height != width:
-        raise Refusal(f"corruptions take square images, not {width} x {height} px")
-    nearest = 0  # the parameters for 224, 64 or 32 px
-    if width < 48:
-        nearest = 2
-    elif width < 144:
-        nearest = 1
-    values = {key: rows[nearest][severity - 1] for key, rows in PARAMETERS[name].items()}
+def corrupt(image, name, severity, index=0, seed=0, frost=None):
+    """Corrupt an image (3, n, n) of uint8 by name, at severity 1 to 5; `frost` is the folder of
+    photos. What is random follows from seed, index, name and severity alone."""
+    function, _, at_224_px, at_64_px = CORRUPTIONS[name]
+    rows = at_64_px if image.shape[-1] < 144 else at_224_px
+    values = [float(value) for value in rows.split()[severity - 1].split(",")]
     if name == "frost":
-        values["folder"] = frost
-    number = list(CORRUPTIONS).index(name)
-    generators = []
-    for index in indices:
-        key = np.random.SeedSequence((seed, int(index), number, severity)).generate_state(1)[0]
-        generators.append(torch.Generator().manual_seed(int(key)))
-
-    corrupted = torch.empty_like(images)
-    for start in range(0, len(images), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        x = CORRUPTIONS[name](images[chunk].float() / 255, generators[chunk], **values)
-        corrupted[chunk] = levels(x).byte()
-    return corrupted
+        values.append(frost)
+    set_seed(seed, index, list(CORRUPTIONS).index(name), severity)
+    return levels(function(image / 255, *values)).byte()
 
 # --- main -----------------------------------------------------------------------------------------
-
-DEMO = ("speckle_noise", "gaussian_blur", "saturate", "impulse_noise", "defocus_blur",
-        "jpeg_compression")
 
 def parse(arguments):
     """The settings; raises Refusal."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
-    parser.error = refuse
+        usage="eval.py [--data FOLDER ...] [--model FILE.pt or NAME ...] [--FLAG VALUE ...]",
+        epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = robustify.refuse
     add = parser.add_argument
-    add("--data", nargs="+", default=[], help="folders of test images")
+    add("--data", nargs="+", default=[], help="folders; averages are over all but the first")
     add("--model", nargs="+", default=["robust.pt"], help="plug-ins, networks, or names of these")
-    add("--pretrained", default="", help="for names, as in robustify.py")
-    add("--templates", help="of class names: openai, simple, or text with {}; default: openai, or "
-        "what a plug-in was tuned with")
-    add("--alpha", nargs="+", type=float, help="a column for each interpolation with the original "
-        "(WiSE-FT): 0 is the original but for MC dropout, 1 the plug-in")
-    add("--rule", nargs="+", choices=("kl-u", "u", "kl", "confidence"), help="a column for each")
-    add("--passes", nargs="+", type=int, help="a column for each K")
-    add("--average", action="store_true", help="a column for the mean of all models' "
-        "probabilities of the folder's classes")
-    add("--corrupt", nargs="*", metavar="NAME", choices=CORRUPTIONS, help="corrupt the images "
-        "too: the fifteen, or those named; for tuning " + ", ".join(VALIDATION))
-    add("--severity", nargs="+", type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5],
-        metavar="1..5")
+    add("--templates", nargs="+", default=[], help="of zero-shot models: texts with {} for a class")
+    add("--alpha", nargs="+", default=[], type=float, help="mix plug-ins, 1, with the original, 0")
+    add("--rule", nargs="+", default=[], choices=CHOICES["rule"], help="kl-u is Eq. 6")
+    add("--passes", nargs="+", default=[], type=int, help="K of MC dropout")
+    add("--average", action="store_true", help="measure the mean of all models' probabilities too")
+    add("--corrupt", nargs="*", metavar="NAME", choices=CORRUPTIONS, help="the fifteen of "
+        "ImageNet-C, or those named; for tuning speckle_noise, gaussian_blur, saturate")
+    add("--severity", nargs="+", type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5])
     add("--frost", help="folder of ImageNet-C's frost photos; without it fourteen corruptions")
-    add("--jpeg", action="store_true", help="after corrupting, JPEG of quality 85 as published")
-    add("--transfer", nargs="+", default=[], help="folders with train/ and val/ or test/, "
-        "for linear probes")
-    add("--cost", action="store_true", help="GMACs and milliseconds of inference, and of training "
-        "by every recipe")
-    add("--plot", help="picture of accuracy against severity (needs matplotlib)")
-    add("--json", help="write everything that was measured to this file")
+    add("--transfer", nargs="+", default=[], help="folders with train/ and val/, for linear probes")
+    add("--cost", action="store_true", help="GMACs and milliseconds of inference and training")
+    add("--plot", help="picture of accuracy against severity; needs matplotlib")
+    add("--json", help="file for all that was measured")
     add("--batch-size", type=int, default=256)
-    add("--workers", type=int, default=Config().workers)
-    add("--seed", type=int, default=0, help="of corruptions made here")
-    add("--device", choices=("cuda", "cpu"), default=Config().device)
-    args = parser.parse_args(arguments)
-    if not arguments:
-        args.data = ["demo/val"]
-        args.model = ["demo/teacher.pt", "demo/apt.pt", "demo/three-heads.pt"]
-        args.corrupt = list(DEMO)
-        args.severity = [3, 5]
-        if not Path(args.model[-1]).is_file():
-            raise Refusal(f"{args.model[-1]}: no such file; make it with: python robustify.py")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read images")
+    add("--seed", type=int, default=0, help="of corruptions made here, and of --limit")
+    add("--limit", type=int, default=0, help="images of each folder, balanced over classes; 0: all")
+    add("--image-size", type=int, default=0, help="input size of networks by name; 0: their own")
+    args = parser.parse_args(arguments or DEMO.split())
+    if not arguments and not Path("demo").is_dir():
+        raise Refusal("demo/: no such folder; make it with: python robustify.py")
     if args.corrupt == []:
-        args.corrupt = [name for name in FIFTEEN if args.frost or name != "frost"]
+        args.corrupt = [name for name in ALEXNET if args.frost or name != "frost"]
     args.corrupt = list(dict.fromkeys(args.corrupt or []))
-    args.tables = []
+    args.severity = sorted(set(args.severity))
     return args
 
 def check(args):
     """Raises Refusal where the settings cannot be."""
     if not (args.data or args.transfer or args.cost):
-        raise Refusal("give --data, --transfer or --cost, or no argument for the demo's results")
-    if args.batch_size < 1 or min(args.workers, args.seed) < 0:
-        raise Refusal("--batch-size: from 1; --workers and --seed: from 0")
-    if min(args.passes or [2]) < 2 or not all(0 <= alpha <= 1 for alpha in args.alpha or []):
-        raise Refusal("--passes: from 2; --alpha: from 0 to 1")
-    if args.templates and args.templates not in TEMPLATES and args.templates.count("{}") != 1:
-        raise Refusal("--templates: openai, simple, or a string with {} for the class name")
-    if (args.frost or args.jpeg) and not args.corrupt:
-        raise Refusal("--frost, --jpeg: only with --corrupt")
-    if "frost" in args.corrupt and not args.frost:
-        raise Refusal("--corrupt frost: needs --frost, the folder of its photos")
-    if args.frost:
-        check_frost(args.frost)
-    for file in filter(None, (args.json, args.plot)):
-        if not can_be_written(file):
-            raise Refusal(f"{file}: not a file in a folder that can be written")
-    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise Refusal("--plot: a file that ends in .png, .pdf or .svg")
+        raise Refusal("give --data, --transfer or --cost, or no argument at all for the demo")
+    at_least_0 = [args.workers, args.seed, args.limit, args.image_size] + args.alpha
+    if min([args.batch_size] + args.passes) < 1 or min(at_least_0) < 0 or max(args.alpha + [0]) > 1:
+        raise Refusal("--batch-size, --passes: from 1; --alpha: from 0 to 1; no number below 0")
+    for template in args.templates:
+        if [template.count(part) for part in ("{}", "{", "}")] != [1, 1, 1]:
+            raise Refusal(f"--templates {template}: needs one {{}} for the class")
+    if bool(args.frost) != ("frost" in args.corrupt):
+        raise Refusal("--frost, the folder of photos, goes with --corrupt frost")
+    if args.frost and len(list(Path(args.frost).glob("frost[1-5].*"))) != 5:
+        raise Refusal(f"--frost {args.frost}: needs frost1 to frost5 of ImageNet-C's code")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise Refusal("--plot: needs matplotlib; pip install matplotlib")
+    inputs = {Path(folder).resolve() for folder in args.data + args.transfer}
+    for file, ending in ((args.json, ".json"), (args.plot, ".png")):
+        path = Path(file or f"any{ending}").resolve()
+        can_be_written = os.access(path.parent, os.W_OK) and not path.is_dir()
+        if path.suffix != ending or not can_be_written or inputs & set(path.parents):
+            raise Refusal(f"{file}: must be a writable file *{ending}, in no input folder")
 
 def run(arguments):
     """Parse, measure, print. Raises Refusal; what can be refused is, before an image is read."""
     args = parse(arguments)
     check(args)
-    join_processes(args.device)
-    folders = []
-    for path, name in zip(args.data, short_names("--data", args.data)):
-        folders.append(read_folder(path, name, args))
-    folders.sort(key=lambda folder: not folder.held_out)  # relative mCE needs the clean set
-    if args.plot and not any(folder.averaged for folder in folders):
-        raise Refusal("--plot: needs corrupted images; see --corrupt")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise Refusal("--plot: needs matplotlib; pip install matplotlib")
-    transfers = {}
-    for path, name in zip(args.transfer, short_names("--transfer", args.transfer)):
-        transfers[name] = transfer_sets(path)
+    names = short_names("--data", args.data)
+    folders = [read_folder(path, name, args) for path, name in zip(args.data, names)]
     columns = load_columns(args)
     for folder, column in itertools.product(folders, columns):
-        class_outputs(folder, column)
-    if args.cost and not any(column.path for column in columns):
-        raise Refusal("--cost: needs a plug-in of robustify.py among --model")
-    with redirect_stdout(None if RANK else sys.stdout):  # one process prints
-        evaluate(folders, transfers, columns, args)
-        if not arguments:
-            print("\nWhat to see: how far APT and three heads stand above the original under "
-                  "corruption,\nand how much more often Eq. 6 chooses the clean head on val.")
-
-def evaluate(folders, transfers, columns, args):
-    """Measure and print what the command line asks for. Whatever ends it early, what was finished
-    is printed and written, marked as partial."""
-    partial = True
-    try:
-        costed = {column.path: column.model.config for column in columns if column.path}
-        if args.cost:
-            for path, config in costed.items():
-                cost(path, config, args)
-        for folder in folders:
-            measure_and_report(folder, folders, columns, args)
-        for name, sets in transfers.items():
-            transfer(name, sets, columns, args)
-        partial = False
-    finally:
-        if partial and args.tables:
-            print("\nnot finished: the tables and --json hold what was")
-        average_of_shifts(folders, columns, args)
-        if args.json and args.tables and not RANK:
-            write_json(folders, columns, args, partial)
-        if args.plot and not RANK and any(folder.results for folder in folders):
-            plot(folders, columns, args)
-
-def measure_and_report(folder, folders, columns, args):
-    """Print what a folder is, and its tables, also where measuring it ends early."""
-    made = any(test_set.made for test_set in folder.sets)
-    print(f"\n{folder.name}: {len(folder.sets[0].samples)} images, {len(folder.classes)} classes")
-    if all(name.isdecimal() for name in folder.classes):
-        print("numbers as classes: outputs of an ImageNet network, unless a model has such names")
-    if made:
-        print("corruptions made here" + ", then JPEG of quality 85" * args.jpeg)
-    if made and set(folder.averaged) == set(FIFTEEN) - {"frost"}:
-        print("no frost photos (--frost): fourteen corruptions, no mCE")
-    for column in columns:
-        if names_none(column, folder):
-            print(f"{column.name} names no classes: taken in the order of the folders")
-    if folder.missing:
-        print("missing:", ", ".join(f"{name} {severity}" for name, severity in folder.missing))
-    try:
-        for result in measure(folder, columns, args):
-            folder.results.append(result)
-    finally:
-        if folder.results:
-            report(folder, folders, columns, args)
-
-def main(arguments=None):
-    """The command line; returns the exit code."""
-    return robustify.main(arguments, run)
+        set_outputs(column, folder[0], args)
+    names = [column.name for column in columns] + ["average"] * args.average
+    images = sum(len(cell.samples) for folder in folders for cell in folder)
+    print(f"models x images: {len(names)} x {images:,}", flush=True)
+    for path in args.model:
+        if args.cost and is_plug_in(path):
+            cost(path)
+    for path in args.transfer:
+        transfer(path, columns, args)
+    for folder in folders:
+        for _ in measure(folder, columns, args):
+            if args.json:
+                write(folders, args)
+        report(folder, columns, names, args)
+    if len(folders) > 1:
+        average_of_shifts(folders, names)
+    if args.plot:
+        plot(folders, names, args.plot)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(robustify.main(run))

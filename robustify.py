@@ -31,8 +31,7 @@ one head with labels alone.
     h_f                Eq. 6       select_head                       (B,) index into HEADS
     phi_v, phi_text    Sec. 4.4    CosineClassifier                  (B, D) -> (B, C)
 
-Trailing comments give shapes: B images, C classes, K passes, D features, N tokens. "Not in the
-paper" marks what is our decision; the README says why.
+Shapes: B images, C classes, K passes, D features, N tokens. "Not in the paper" marks our decisions.
 
 [6] Gal, Ghahramani: Dropout as a Bayesian approximation. [10] Hendrycks et al.: The many faces of
 robustness (Noise2Net). [14] Hendrycks et al.: PixMix. [15] Hinton, Vinyals, Dean: Distillation.
@@ -509,9 +508,7 @@ class TrainingViews(ImageClasses):
         train = Path(config.data, "train")  # or a class of that name, which holds no folders
         super().__init__(train if any(train.glob("*/*")) else config.data)
         self.config = config
-        self.augment = config.augment
-        if RECIPES[config.recipe].examples == "clean":
-            self.augment = "none"
+        self.augment = "none" if RECIPES[config.recipe].examples == "clean" else config.augment
         if config.limit:
             self.samples = balanced(self.samples, max(config.limit, len(self.classes)), config.seed)
         # False is not in the paper: the other operations are among ImageNet-C's corruptions.
@@ -595,7 +592,7 @@ def batches(views, config):
     sampler = DistributedSampler(views, PROCESSES, RANK, seed=config.seed, drop_last=True)
     loader = DataLoader(views, per_process, sampler=sampler, drop_last=True,
                         num_workers=config.workers, pin_memory=DEVICE == "cuda")
-    print(f"images    {len(views)} of {len(views.classes)} classes, augmented by {views.augment}; "
+    print(f"images    {len(views)} of {len(views.classes)} classes; augment: {views.augment}; "
           f"{config.epochs * len(loader)} steps of {per_process * PROCESSES} on {DEVICE}")
     return loader, sampler
 
@@ -662,6 +659,7 @@ def robustify(config):
     seen = f"{len(views)} images, teacher {fingerprint(teacher)}"
     if progress is None:
         network = load_network(config.student, config.image_size, config.seed)
+        stages_of(network, config)  # refuses before the long work
         give_classifier(network, views, config)
         set_seed(config.seed)  # of new prompts
         student = cut(network, config)
@@ -755,14 +753,14 @@ def all_features(network, views):
 def linear_probe(features, labels, classifier, weight_decay=1e-4):
     """Fits `classifier` in place to features (n, D) and labels (n,) by L-BFGS: mean cross-entropy,
     for an nn.Linear also weight_decay * squared norm of the weight, which a cosine divides out."""
-    is_linear = isinstance(classifier, nn.Linear)
+    decay = weight_decay if isinstance(classifier, nn.Linear) else 0.0
     optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=1000,
                                   line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()
         loss = F.cross_entropy(classifier(features), labels)
-        loss = loss + weight_decay * is_linear * classifier.weight.square().sum()
+        loss = loss + decay * classifier.weight.square().sum()
         loss.backward()
         return loss
 
@@ -788,8 +786,7 @@ def describe(student, total):
 # --- Networks: how a library's network is loaded, and taken apart ---------------------------------
 
 class Part(nn.Module):
-    """The children and parameters of `net` named in `names`, with a forward pass of their own: the
-    library's methods then run on parts that can be frozen or copied apart."""
+    """The children and parameters `names` of `net`, with a forward pass `run` of their own."""
     def __init__(self, net, names, run):
         super().__init__()
         self.net = copy.copy(net)
@@ -955,12 +952,13 @@ def build_timm(name, weights, image_size):
     with torch.no_grad():
         expected = net(x)
         net.reset_classifier(0)
-        if isinstance(classifier, nn.Identity):
-            classifier = None
-        elif not torch.allclose(classifier(net(x)), expected, atol=1e-3):
+        is_bare = isinstance(classifier, nn.Identity)
+        fits = isinstance(classifier, nn.Linear) and torch.allclose(
+            classifier(net(x)), expected, atol=1e-3)
+        if not is_bare and not fits:
             raise Refusal("its logits are no linear layer on its features")
-    network = Network(name, net, classifier, size, known["mean"], known["std"])
-    if classifier is not None and weights != "none" and classifier.out_features == 1000:
+    network = Network(name, net, None if is_bare else classifier, size, known["mean"], known["std"])
+    if weights != "none" and getattr(classifier, "out_features", 0) == 1000:
         network.class_names = timm.data.ImageNetInfo().label_names()  # in this order by custom
     return network
 
@@ -1019,8 +1017,7 @@ def classifier_from(state, trained):
 # --- Files: plug-ins, whole networks, unfinished runs ---------------------------------------------
 
 def write_file(path, kind, **content):
-    """Tensors and plain data, atomically: a crash or a full disk leaves the older file whole.
-    Raises Refusal."""
+    """Tensors and plain data, atomically: a full disk leaves the older file whole. Raises Refusal."""
     temporary = Path(f"{path}.new")
     try:
         torch.save({"kind": kind, **content}, temporary)
@@ -1030,8 +1027,7 @@ def write_file(path, kind, **content):
         raise Refusal(f"{path}: cannot be written ({error}); older files stay") from error
 
 def read_file(path, kind=""):
-    """What write_file wrote; no code in it runs. kind: "plug-in", "network", or "" for either.
-    Raises Refusal."""
+    """What write_file wrote; no code runs. kind: "plug-in", "network", "" for both. Raises Refusal."""
     if not Path(path).is_file():
         raise Refusal(f"{path}: no such file; for a teacher: --make-teacher NAME --out {path}")
     try:
@@ -1054,8 +1050,7 @@ def fingerprint(*modules):
     return total.hexdigest()
 
 def tuned_state(student):
-    """The tensors of a plug-in: all but those of the backbone, of the original, and of blocks that
-    stay frozen under prompts."""
+    """The tensors of a plug-in: not those of backbone, original, and blocks frozen by prompts."""
     frozen = {name for name, p in student.named_parameters() if not p.requires_grad}
     return {name: value for name, value in student.state_dict().items()
             if name not in frozen and not name.startswith(("backbone.", "original_top."))}
@@ -1127,7 +1122,7 @@ def unfinished_run(config, kind):
         if config.resume and Path(config.out).is_file():
             raise Refusal(f"--resume: {config.out} is finished; there is no {part}")
         if config.resume:
-            print("resume    nothing is there to resume: from the beginning")
+            print("resume    nothing to resume: from the beginning")
         return None
     if not config.resume:
         raise Refusal(f"{part}: left by an interrupted run; go on with --resume, or remove it")
@@ -1171,6 +1166,8 @@ def demo(folder="demo"):
         path = Path(folder, part, f"kind{i % 6}", f"{i:04}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(i % 6, rng).save(path)
+    for left in Path(folder).glob("*.part"):
+        left.unlink()
     student = f"{folder}/student.pt"
     teacher = f"{folder}/teacher.pt"
     common = Config(data=folder, severity=4, batch_size=64, workers=2, lr=3e-3)
@@ -1215,14 +1212,17 @@ def join_processes():
 def run(arguments):
     """Do what the command line asks for. Raises Refusal and OSError."""
     config = parse(arguments)
+    if min(config.epochs, config.passes, config.seed + 1) < 1:
+        raise Refusal("--epochs and --passes begin at 1, --seed at 0")
     if not arguments:
         demo()
         return print("\nNow measure what lies in demo/: python eval.py")
     if bool(config.student) == bool(config.make_teacher):
         raise Refusal("give --student or --make-teacher, or no argument at all for the demo")
-    folder = Path(config.out).absolute().parent
-    is_input = config.out in (config.student, config.teacher)
-    if is_input or Path(config.out).suffix != ".pt" or not os.access(folder, os.W_OK):
+    out = Path(config.out).resolve()
+    names = (config.student, config.teacher, config.make_teacher)
+    is_input = out in [Path(name.rpartition(":")[2]).resolve() for name in names]
+    if is_input or out.suffix != ".pt" or not os.access(out.parent, os.W_OK):
         raise Refusal(f"--out {config.out}: must be a new NAME.pt in a folder that can be written")
     join_processes()
     if config.student:
