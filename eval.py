@@ -8,9 +8,9 @@
     python eval.py --data imagenet-c/ --model resnet50 ViT-B-32 --plot severity.png    # Sec. 3
     python eval.py --transfer flowers/ --cost                     # linear probes; GMACs, ms
 
-A plug-in is what robustify.py tuned of a network; the original is that network before. APT tunes
+A plug-in is what robustify.py tuned of a network, the original is that network before. APT tunes
 the same part under one head, without teachers. Of three heads Eq. 6 selects, image by image, the
-clean or the unclean one: whichever has the smaller product of uncertainty and divergence from the
+clean or the unclean one, whichever has the smaller product of uncertainty and divergence from the
 combined head. The oracle is right wherever either of the two is.
 
     layout of a folder          what it is
@@ -24,10 +24,10 @@ combined head. The oracle is right wherever either of the two is.
     ObjectNet's             mappings -> wnid       mappings -> wnid       ImageNet's 1000
     other names             refused                by name, or refused    as new words
 
-Outputs without names are taken in the order of the folders. A zero-shot plug-in keeps its classes
-where it can. A folder with fewer classes than the model is decided among them. A model sees the
-central 224/256 of the short side at its own size; corruptions are made at 224 px, of squares of at
-most 64 px at 64 px and of all of them. Published squares are seen as they are.
+Outputs without names are taken in the order of the folders. A folder with fewer classes than the
+model is decided among them. A model sees the central 224/256 of the short side at its own size;
+corruptions are made at 224 px. Squares of at most 64 px are seen whole and corrupted at 64 px;
+published corruptions that are square are seen as they are.
 
 [2] Barbu et al.: ObjectNet. [11] Hendrycks, Dietterich: ImageNet-C and its mCE.
 """
@@ -56,10 +56,10 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import robustify
-from robustify import (CHOICES, DEVICE, HEADS, RECIPES, ImageClasses, Refusal, autocast,
-                       balanced, centre_view, cut, dropout_masks, embed_text, fingerprint,
-                       load_network, read_file, read_image, set_classes, set_seed)
+from robustify import (CHOICES, DEVICE, HEADS, RECIPES, ImageClasses, Refusal, autocast, cut,
+                       centre_view, fingerprint, load_network, read_file, read_image, set_classes)
 
+embed_text = functools.cache(robustify.embed_text)  # a thousand classes take a minute
 IMAGENET = timm.data.ImageNetInfo().label_names()  # wnids, in the order of the outputs
 PREDICTORS = [f"{head} head" for head in HEADS] + ["selected", "oracle", "clean head chosen"]
 DEMO = """--data demo/val --model demo/teacher.pt demo/apt.pt demo/three-heads.pt --severity 3 5
@@ -75,7 +75,7 @@ class Column:
     classes: list              # names of its outputs, None where they are unknown
     group: str = ""            # plug-ins and originals of one group share M_b
     original: object = None    # of a plug-in, the Column of what it was tuned from
-    is_original: bool = False
+    is_original: bool = False  # measured once for all plug-ins that were tuned from it
     outputs: torch.Tensor = None  # (classes of the folder at hand, m): the outputs that mean each
 
 @dataclass
@@ -136,9 +136,7 @@ def measure(folder, columns, args):
     """Fills in and yields the cells of a folder; those corrupted here together, image by image."""
     for column in columns:
         set_outputs(column, folder[0], args)
-    together = [folder]
-    if folder[0].published:
-        together = [[cell] for cell in folder]
+    together = [[cell] for cell in folder] if folder[0].published else [folder]
     for cells in together:
         found = {}
         n = len(cells[0].samples)
@@ -195,8 +193,7 @@ def batches(cells, columns, args):
     views = Views(cells, {column.model.size for column in columns}, args)
     loader = DataLoader(views, args.batch_size, num_workers=args.workers, collate_fn=stack,
                         pin_memory=DEVICE == "cuda")
-    title = f"{cells[0].folder} {cells[-1].corruption}".strip()
-    with tqdm(desc=title, total=len(views), unit=" images", leave=False) as bar:
+    with tqdm(desc=cells[0].folder, total=len(views), unit=" images", leave=False) as bar:
         for batch, labels, places, numbers in itertools.chain.from_iterable(loader):
             batch = {size: view.to(DEVICE) for size, view in batch.items()}
             yield batch, labels.to(DEVICE), places, numbers
@@ -217,7 +214,7 @@ def read_folder(path, name, args):
         folder = [Cell(name, images.classes, images.samples)]
     for cell in folder:
         if args.limit:
-            cell.samples = balanced(cell.samples, args.limit, args.seed)
+            cell.samples = robustify.balanced(cell.samples, args.limit, args.seed)
     for corruption, severity in itertools.product(args.corrupt, args.severity):
         folder.append(replace(folder[0], corruption=corruption, severity=severity, right={}))
     return folder
@@ -297,12 +294,10 @@ def set_outputs(column, cell, args):
     every = list(itertools.chain.from_iterable(wanted.values()))
     if is_zero_shot:
         if not set(every) <= set(names):
-            names = every
-            if set(every) <= set(IMAGENET):
-                names = IMAGENET
+            names = IMAGENET if set(every) <= set(IMAGENET) else every
         if args.templates or names != model.class_names:
-            templates = [args.templates] * bool(args.templates)
-            set_classes(model, names, *embed_text(model.text, names, *templates))
+            templates = args.templates or open_clip.OPENAI_IMAGENET_TEMPLATES
+            set_classes(model, names, *embed_text(model.text, tuple(names), tuple(templates)))
     unknown = [name for name in every if name not in names]
     if unknown:
         raise Refusal(f"{cell.folder}: {len(unknown)} of its {len(classes)} classes, such as "
@@ -355,11 +350,12 @@ def plug_ins(path, name, known, args):
         if passes:
             label += f" K {passes}"
             config.passes = passes
-            student.masks = dropout_masks(config, student.masks.shape[1]).to(DEVICE)
+            student.masks = robustify.dropout_masks(config, student.masks.shape[1]).to(DEVICE)
         group = f"M_b {config.student} {student.size} {fingerprint(student.backbone)}"
         student.backbone = known.setdefault(group, student.backbone)
         classifier = fingerprint(student.original_top[1][-1])
-        whole = f"M {config.student} {student.size} {config.seed} {classifier}"
+        seed = config.seed * config.student.endswith(":none")
+        whole = f"M {config.student} {student.size} {seed} {classifier}"
         if whole not in known:
             known[whole] = Column(f"original of {name}", student, student.class_names, group,
                                   is_original=True)
@@ -368,14 +364,12 @@ def plug_ins(path, name, known, args):
 
 def is_plug_in(path):
     """Whether it is a file of robustify.py with a tuned part; not a whole network, nor a name."""
-    is_file = Path(path).suffix == ".pt" and Path(path).is_file()
-    return is_file and read_file(path)["kind"] == "plug-in"
+    return path.endswith(".pt") and Path(path).is_file() and read_file(path)["kind"] == "plug-in"
 
 def short_names(flag, paths):
     """The shortest ends of the paths that tell them apart; raises Refusal where none does."""
     parts = [Path(path).absolute().parts for path in paths]
-    lengths = range(1, 1 + max(map(len, parts), default=1))
-    for suffix, length in itertools.product((".pt", ""), lengths):
+    for suffix, length in itertools.product((".pt", ""), range(1, 100)):
         names = ["/".join(part[-length:]).removesuffix(suffix) for part in parts]
         if len(set(names)) == len(names) and "average" not in names:
             return names
@@ -384,7 +378,7 @@ def short_names(flag, paths):
 # --- Metrics and tables ---------------------------------------------------------------------------
 
 def mean_over(cells, values):
-    """Mean of a value for each cell, number or (n,): over severities, then over corruptions."""
+    """The mean of values, numbers or (n,), one a cell: over severities, then over corruptions."""
     of_corruption = {}
     for cell, value in zip(cells, values):
         of_corruption.setdefault(cell.corruption, []).append(value)
@@ -395,7 +389,7 @@ def accuracy(cells, key):
     return mean_over(cells, [np.mean(cell.right.get(key, np.nan)) for cell in cells])
 
 def in_mean(folder):
-    """The corrupted cells that enter the mean: next to the fifteen not those for tuning."""
+    """The corrupted cells that count: not those for tuning, where the fifteen are there too."""
     corrupted = [cell for cell in folder if cell.corruption]
     fifteen = [cell for cell in corrupted if cell.corruption in ALEXNET]
     if len({cell.corruption for cell in fifteen}) >= 14:
@@ -403,7 +397,7 @@ def in_mean(folder):
     return corrupted
 
 def summary(folder, keys):
-    """Rows [label, an accuracy for each key] of each corruption, each severity, and means."""
+    """Rows [label, accuracy for each key]: clean images, corruptions, severities, their mean."""
     groups = {}
     for cell in folder:
         groups.setdefault(cell.corruption or "clean images", []).append(cell)
@@ -411,8 +405,8 @@ def summary(folder, keys):
     for severity in sorted({cell.severity for cell in corrupted}):
         groups[f"severity {severity}"] = [c for c in corrupted if c.severity == severity]
     if corrupted:
-        count = len({cell.corruption for cell in corrupted})
-        groups[f"corrupted, mean of {count}"] = corrupted
+        where = "as published" if corrupted[0].published else "here"
+        groups[f"corrupted {where}, mean of {len({c.corruption for c in corrupted})}"] = corrupted
     return [[label] + [accuracy(cells, key) for key in keys] for label, cells in groups.items()]
 
 def paired(cells, one, other):
@@ -481,13 +475,12 @@ def report(folder, columns, names, args):
             keys += [(column.name, predictor) for predictor in PREDICTORS]
             show([column.name, "original"] + PREDICTORS, summary(folder, keys))
     pairs = [(column.name, column.original.name) for column in columns if column.original]
-    originals = [column.name for column in columns if column.is_original]
-    models = [name for name in names if name not in originals]
+    models = [column.name for column in columns if not column.is_original] + names[len(columns):]
     pairs += [(name, models[0]) for name in models[1:]]
     if pairs:
         rows = [[f"{one} minus {other}", paired(clean, one, other), paired(corrupted, one, other)]
                 for one, other in dict.fromkeys(pairs)]
-        show([f"{title}: points, +- 2 standard errors", "clean images", "corrupted"], rows)
+        show([f"{title}: points, +- 2 paired standard errors", "clean images", "corrupted"], rows)
 
 def average_of_shifts(folders, names):
     """Print "Avg. shifts" of Tables 1 to 3: over all folders but the first."""
@@ -505,7 +498,7 @@ def average_of_shifts(folders, names):
 def plot(folders, names, path):
     """Accuracy, and the share of the clean head, against severity (Figure 3); 0 is uncorrupted."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure = Figure(figsize=(15, max(5, len(names) * len(folders) / 4)), layout="constrained")
     axes = figure.subplots(1, 2)
     labels = ["clean images"] + [f"severity {severity}" for severity in range(1, 6)]
     titles = {"prediction": "accuracy (%)", "clean head chosen": "clean head chosen (%)"}
@@ -529,8 +522,7 @@ def features_of(images, column, args):
     model = column.model
     found = []
     every = []
-    cell = Cell("features", images.classes, images.samples)
-    for views, labels, _, _ in batches([cell], [column], args):
+    for views, labels, _, _ in batches([Cell("", images.classes, images.samples)], [column], args):
         pixels = views[model.size] / 255
         with autocast():
             if not column.group:
@@ -578,6 +570,7 @@ def cost(path):
         teacher = robustify.load_teacher(config, network.class_names).to(DEVICE)
     number = torch.arange(64 if DEVICE == "cuda" else 4, device=DEVICE)
     pixels = torch.rand(len(number), 3, network.size, network.size, device=DEVICE)
+    rows = []
 
     def infer(model):
         with torch.no_grad(), autocast():
@@ -590,20 +583,16 @@ def cost(path):
         loss.backward()
         student.zero_grad()
 
-    rows = []
-    library = functools.partial(infer, network)
-    library_gmacs = count_macs(library)
-
     def add(name, task):
         gmacs = count_macs(task)
         ms, library_ms = milliseconds([task, library])
         rows.append([name, f"{gmacs / len(pixels):.4g}", f"{gmacs / library_gmacs:.3f}",
                      f"{ms / len(pixels):.4g}", f"{ms / library_ms:.3f}"])
 
+    library = functools.partial(infer, network)
+    library_gmacs = count_macs(library)
     add("library's forward pass", library)
     for recipe, row in RECIPES.items():
-        if teacher is None and "robust" in (row.clean_teacher, row.augmented_teacher):
-            continue
         network.requires_grad_(True)
         try:
             student = cut(network, replace(config, recipe=recipe)).to(DEVICE)
@@ -612,7 +601,8 @@ def cost(path):
             continue
         if recipe in ("apt", "three-heads"):
             add(f"inference, {recipe}", functools.partial(infer, student))
-        if any(p.requires_grad for p in student.parameters()):
+        lacks_teacher = "robust" in (row.clean_teacher, row.augmented_teacher) and teacher is None
+        if any(p.requires_grad for p in student.parameters()) and not lacks_teacher:
             add(f"training step, {recipe}", functools.partial(train, student))
     show([f"{config.student}, an image", "GMACs", "/ library", "ms", "/ library"], rows)
 
@@ -638,13 +628,12 @@ def count_macs(task):
     return counter.get_total_flops() / 2e9
 
 def flops_of_convolution_backward(grad, x, weight, *settings, out_shape):
-    """Those of each gradient wanted; torch's own takes a grouped convolution for a dense one."""
+    """Of each wanted gradient; torch's own formula takes grouped convolutions for dense ones."""
     wants_x, wants_weight, _ = settings[-1]
     return 2 * math.prod(grad) * math.prod(weight[1:]) * (wants_x + wants_weight)
 
 # --- The corruptions of ImageNet-C [11] as a library ----------------------------------------------
-# A corruption is a function of one image x (3, n, n) in [0, 1] and the parameters of one severity.
-# Lengths are in pixels, grey levels in units of the whole range; torch's generator draws.
+# Each takes one image x (3, n, n) in [0, 1] and the parameters of a severity, lengths in pixels.
 
 def levels(x):
     """The grey levels 0 to 255 of x: cut off, not rounded, as published."""
@@ -688,8 +677,7 @@ def gaussian_blur(x, sigma, truncate=4, mode="edge"):
     n = x.shape[-1]
     radius = int(truncate * sigma + 0.5)
     weights = gaussian_weights(torch.arange(-radius, radius + 1), sigma)
-    # Row i of the matrix says how much of each pixel goes into pixel i. Two small products beat a
-    # convolution here, and borders wider than the image need no special care.
+    # Row i of the matrix says how much of each pixel goes into pixel i: faster than to convolve.
     padded = torch.from_numpy(np.pad(np.arange(n), radius, mode))
     sources = padded.unfold(0, 2 * radius + 1, 1)
     matrix = torch.zeros(n, n).scatter_add_(1, sources, weights.expand(n, -1))
@@ -766,7 +754,7 @@ def frost_photo(path, n):
     return F.interpolate(photo, size=size, mode="bilinear")[0]
 
 def frost(x, image_weight, texture_weight, folder):
-    """Mix in a piece of one of the photos frost1 to frost5 of `folder`; no other is published."""
+    """Mix in a piece of one of five photos in `folder`; as published, the sixth is never drawn."""
     n = x.shape[-1]
     files = sorted(Path(folder).glob("frost[1-5].*"))
     photo = frost_photo(files[int(torch.randint(5, ()))], n)
@@ -896,7 +884,7 @@ def corrupt(image, name, severity, index=0, seed=0, frost=None):
     values = [float(value) for value in rows.split()[severity - 1].split(",")]
     if name == "frost":
         values.append(frost)
-    set_seed(seed, index, list(CORRUPTIONS).index(name), severity)
+    robustify.set_seed(seed, index, list(CORRUPTIONS).index(name), severity)
     return levels(function(image / 255, *values)).byte()
 
 # --- main -----------------------------------------------------------------------------------------
@@ -933,24 +921,24 @@ def parse(arguments):
         raise Refusal("demo/: no such folder; make it with: python robustify.py")
     if args.corrupt == []:
         args.corrupt = [name for name in ALEXNET if args.frost or name != "frost"]
+        print(f"{len(args.corrupt)} of the fifteen corruptions; frost needs --frost, mCE all")
     args.corrupt = list(dict.fromkeys(args.corrupt or []))
     args.severity = sorted(set(args.severity))
     return args
 
 def check(args):
     """Raises Refusal where the settings cannot be."""
-    if not (args.data or args.transfer or args.cost):
-        raise Refusal("give --data, --transfer or --cost, or no argument at all for the demo")
+    if not (args.data or args.transfer or args.cost) or robustify.PROCESSES > 1:
+        raise Refusal("give --data, --transfer or --cost, or nothing for the demo; in one process")
     at_least_0 = [args.workers, args.seed, args.limit, args.image_size] + args.alpha
     if min([args.batch_size] + args.passes) < 1 or min(at_least_0) < 0 or max(args.alpha + [0]) > 1:
         raise Refusal("--batch-size, --passes: from 1; --alpha: from 0 to 1; no number below 0")
     for template in args.templates:
         if [template.count(part) for part in ("{}", "{", "}")] != [1, 1, 1]:
             raise Refusal(f"--templates {template}: needs one {{}} for the class")
-    if bool(args.frost) != ("frost" in args.corrupt):
-        raise Refusal("--frost, the folder of photos, goes with --corrupt frost")
-    if args.frost and len(list(Path(args.frost).glob("frost[1-5].*"))) != 5:
-        raise Refusal(f"--frost {args.frost}: needs frost1 to frost5 of ImageNet-C's code")
+    photos = list(Path(args.frost or "no folder").glob("frost[1-5].*"))
+    if ("frost" in args.corrupt, len(photos)) not in ((False, 0), (True, 5)):
+        raise Refusal("--corrupt frost: goes with --frost, a folder of the photos frost1 to frost5")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise Refusal("--plot: needs matplotlib; pip install matplotlib")
     inputs = {Path(folder).resolve() for folder in args.data + args.transfer}
@@ -970,8 +958,9 @@ def run(arguments):
     for folder, column in itertools.product(folders, columns):
         set_outputs(column, folder[0], args)
     names = [column.name for column in columns] + ["average"] * args.average
-    images = sum(len(cell.samples) for folder in folders for cell in folder)
-    print(f"models x images: {len(names)} x {images:,}", flush=True)
+    if folders:
+        images = sum(len(cell.samples) for folder in folders for cell in folder)
+        print(f"models x images: {len(names)} x {images:,}", flush=True)
     for path in args.model:
         if args.cost and is_plug_in(path):
             cost(path)

@@ -291,7 +291,6 @@ def distillation(student_logits, teacher_logits, temperature):
 
 def student_loss(student, teacher, pixels, labels, is_clean):
     """Eqs. 3 to 5: pixels (B, 3, H, W) in [0, 1], labels (B,), is_clean (B,) bool -> scalar.
-
     A clean example is taught by the original and reaches the clean and the combined head. An
     augmented example is taught by the robust teacher and reaches the unclean and the combined head.
     (Eqs. 3 and 4 name one teacher; the text of Secs. 4.3.1 and 5 names two.)"""
@@ -350,7 +349,6 @@ def kl_divergence(p, q):
 
 def select_head(phi, uncertainty, rule="kl-u"):
     """Eq. 6: argmin over k in {c, u} of U_k * KL(phi_m || phi_k) -> (B,) index into HEADS.
-
     phi {head: (B, C)}, uncertainty {head: (B,)}. Other rules are the paper's ablation: one factor
     alone, or the highest probability. A tie goes to the clean head (not in the paper)."""
     if "clean" not in phi:
@@ -387,9 +385,8 @@ class Recipe:
     examples: str            # of "both" kinds, or "clean" alone
     starts_at: str = "probe"  # a CLIP's classifier: at a linear probe, or at its "text" embeddings
 
-# In the paper's text single-teacher is "Only K.D." and combined-head is "combined head"; we take
-# them for the rows "Single-Teacher" and "Only K.D." of its tables. With --zero-shot, ft and apt are
-# ZS-Full and ZS-APT. All recipes have the same dropout while training (not in the paper).
+# Of the paper's tables single-teacher and combined-head are "Single-Teacher" and "Only K.D."; with
+# --zero-shot, ft and apt are ZS-Full and ZS-APT. All train with dropout (not in the paper).
 RECIPES = {
     "three-heads":    Recipe(HEADS, "original", "robust", "part", "both"),
     "combined-head":  Recipe(("combined",), "original", "robust", "part", "both"),
@@ -528,7 +525,10 @@ class TrainingViews(ImageClasses):
 
     def crop(self, image):
         """A random part of the image, (3, size, size), flipped by a coin."""
-        return v2.RandomHorizontalFlip()(v2.RandomResizedCrop(self.size)(image))
+        crop = v2.RandomResizedCrop(self.size)
+        if self.size <= 64:  # as CIFAR is cropped
+            crop = v2.Compose([v2.Resize(self.size), v2.RandomCrop(self.size, self.size // 8)])
+        return v2.RandomHorizontalFlip()(crop(image))
 
     def augmented(self, view):
         """The view by --augment. Half of the views have Noise2Net before AugMix; of augmix+pixmix a
@@ -1017,7 +1017,7 @@ def classifier_from(state, trained):
 # --- Files: plug-ins, whole networks, unfinished runs ---------------------------------------------
 
 def write_file(path, kind, **content):
-    """Tensors and plain data, atomically: a full disk leaves the older file whole. Raises Refusal."""
+    """Tensors and plain data, atomically: a full disk leaves older files whole. Raises Refusal."""
     temporary = Path(f"{path}.new")
     try:
         torch.save({"kind": kind, **content}, temporary)
@@ -1027,7 +1027,7 @@ def write_file(path, kind, **content):
         raise Refusal(f"{path}: cannot be written ({error}); older files stay") from error
 
 def read_file(path, kind=""):
-    """What write_file wrote; no code runs. kind: "plug-in", "network", "" for both. Raises Refusal."""
+    """What write_file wrote; no code runs. kind: "plug-in", "network" or "". Raises Refusal."""
     if not Path(path).is_file():
         raise Refusal(f"{path}: no such file; for a teacher: --make-teacher NAME --out {path}")
     try:
