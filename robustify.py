@@ -4,8 +4,8 @@ A model is robust if it stays accurate when images change: noise, blur, weather,
 Fine-tuning all of a large model on augmented images helps, but every step pays for the whole
 backward pass, and the model forgets some of what pre-training taught it.
 
-The idea: freeze most of the large model, the student, and tune its last fifth. Give it three heads:
-the clean one learns from clean images, the unclean one from augmented images, the combined one from
+The idea: freeze most of the large model, the student. Tune its last part under three heads: the
+clean one learns from clean images, the unclean one from augmented images, the combined one from
 both. Two teachers help. On clean images the original model teaches, so that nothing is forgotten.
 On augmented images a small robust model teaches, since a small model is cheap to make robust. At
 test time nobody tells us which kind an image is, so we ask the heads. MC dropout says how unsure a
@@ -26,7 +26,7 @@ one head with labels alone.
     c, m, u            Sec. 4.3.1  "clean", "combined", "unclean"    HEADS
     L_c, L_d           Sec. 4.3.1  cross_entropy, distillation       (B,), a value for each example
     L_clean, L_aug, L  Eqs. 3-5    student_loss                      beta (B,), 1 where is_clean
-    P(theta | ...)     Eq. 2       fit                               the training loop
+    P(theta | ...)     Eq. 2       fit                               training objective and loop
     phi, U_mc, K       Sec. 4.3.2  phi, uncertainty, passes          (B, C), (B,); mc_dropout
     h_f                Eq. 6       select_head                       (B,) index into HEADS
     phi_v, phi_text    Sec. 4.4    CosineClassifier                  (B, D) -> (B, C)
@@ -75,18 +75,18 @@ RANK = int(os.environ.get("RANK", 0))  # of this process; torchrun sets both
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 class Refusal(Exception):
-    """Something the user can mend; `main` prints it as one line and exits with code 2."""
+    """An error the user can fix; `main` prints it as one line and exits with code 2."""
 
 @dataclass
 class Config:
-    """Every setting, a flag each. The defaults are the recipe; these comments are its --help."""
+    """Every setting, one flag each. The defaults are the recipe; the comments are its --help."""
     student: str = ""  # the large model: NAME, NAME:TAG, NAME:FILE, NAME:none, or FILE.pt
     teacher: str = ""  # the small robust model (Sec. 4.2), named likewise
     make_teacher: str = ""  # instead, train this network whole on D^a with labels, and save it
     data: str = "imagenet"  # folder with train/CLASS/IMAGE, or with CLASS/IMAGE
     out: str = ""  # file to write; default robust.pt, or teacher.pt with --make-teacher
     recipe: str = "three-heads"  # the method, or a baseline of Sec. 5: a row of RECIPES
-    fraction: float = 0.20  # Table 5: share of parameters in M_s and one head; row not in the paper
+    fraction: float = 0.20  # Table 5: share of parameters in M_s and one head; 0.2 is our choice
     head_blocks: int = 1  # Sec. 4.1: last blocks that belong to each head; number not in the paper
     prompts: int = 10  # learned tokens a block of --recipe vpt [16]; number not in the paper
     zero_shot: bool = False  # Sec. 4.4: CLIP's text embeddings stay the classifier
@@ -105,7 +105,7 @@ class Config:
     warmup: int = 500  # steps to the peak, at most a fifth of all; then a cosine down to 0
     epochs: int = 10
     batch_size: int = 512  # images a step, over all processes
-    limit: int = 0  # train on so many images, balanced over the classes; 0: all
+    limit: int = 0  # train on this many images, balanced over the classes; 0: all
     seed: int = 0  # of new weights, order, views and dropout
     workers: int = min(8, os.cpu_count() or 1)  # processes that load images, for each GPU
     resume: bool = False  # go on after the last whole epoch of an interrupted run
@@ -125,7 +125,7 @@ class Prediction(NamedTuple):
 
 class RobustStudent(nn.Module):
     """The student of Figure 4: M_b frozen, M_s tuned, and a tuned M_h for each head. Beside them
-    stands what the original has in place of M_s and M_h, frozen: it teaches on clean images.
+    stands what the original has in place of M_s and M_h, frozen.
 
     backbone: pixels (B, 3, H, W) in [0, 1] -> z. shared: z -> h, an nn.Sequential, may be empty.
     head: h -> logits (B, C), an nn.Sequential that ends with the classifier, which has a `weight`
@@ -151,7 +151,7 @@ class RobustStudent(nn.Module):
         self.backbone = backbone.requires_grad_(False)                         # M_b
         self.original_top = copy.deepcopy(nn.Sequential(shared, head)).requires_grad_(False)
         self.shared = copy.deepcopy(shared)                                    # M_s
-        self.heads = nn.ModuleDict()                                           # M_h, once a head
+        self.heads = nn.ModuleDict()                                           # M_h, one per head
         for name in self.recipe.heads:
             self.heads[name] = Head(copy.deepcopy(head), config.dropout)
         if self.recipe.tuned == "prompts":
@@ -187,13 +187,13 @@ class RobustStudent(nn.Module):
 
     @torch.no_grad()
     def predict_from(self, z):
-        """z, what M_b gives -> Prediction (Sec. 4.3.2). Of each head the classifier alone runs K
-        times, since it follows the last dropout (not in the paper, which passes whole heads)."""
+        """z, what M_b gives -> Prediction (Sec. 4.3.2). Dropout in blocks is off, so that only the
+        classifier runs K times (not in the paper, which passes K times through whole heads)."""
         h = self.shared(z.clone())                                             # M_s
         phi = {}
         uncertainty = {}
         for name, head in self.heads.items():                                  # M_h
-            features = head.body(h.clone())  # clones, since a layer may work in place
+            features = head.body(h.clone())  # a layer of yours may work in place
             phi[name], uncertainty[name] = mc_dropout(head.classifier, features, self.masks)
         chosen = select_head(phi, uncertainty, self.config.rule)               # Eq. 6
         p = of_chosen_head(phi, chosen)
@@ -334,9 +334,9 @@ def dropout_masks(config, width):
     return (draws < keep) / keep
 
 def mc_dropout(classifier, features, masks):
-    """MC dropout [6]: features (B, D), masks (K, D) -> phi (B, C), U_mc (B,). phi is the mean over
-    passes of the softmax, U_mc its standard deviation over passes. That the "outputs" of Sec. 4.3.2
-    are probabilities, and that the mean over C makes one number of it, is not in the paper."""
+    """MC dropout [6]: features (B, D), masks (K, D) -> phi (B, C), U_mc (B,). phi: mean over passes
+    of the softmax. U_mc: its standard deviation over passes, averaged over classes (probabilities,
+    and this average, are not in the paper)."""
     logits = classifier(features[:, None] * masks)          # (B, K, C), all passes at once
     p = logits.float().softmax(-1)
     return p.mean(1), p.std(1, correction=0).mean(-1)
@@ -385,8 +385,8 @@ class Recipe:
     examples: str            # of "both" kinds, or "clean" alone
     starts_at: str = "probe"  # a CLIP's classifier: at a linear probe, or at its "text" embeddings
 
-# Of the paper's tables single-teacher and combined-head are "Single-Teacher" and "Only K.D."; with
-# --zero-shot, ft and apt are ZS-Full and ZS-APT. All train with dropout (not in the paper).
+# In the paper's tables single-teacher and combined-head are "Single-Teacher" and "Only K.D."; with
+# --zero-shot, ft and apt are ZS-Full and ZS-APT. For WiSE-FT, `load` interpolates by alpha.
 RECIPES = {
     "three-heads":    Recipe(HEADS, "original", "robust", "part", "both"),
     "combined-head":  Recipe(("combined",), "original", "robust", "part", "both"),
@@ -444,7 +444,7 @@ def balanced(samples, count, seed):
     return [samples[index] for _, index in sorted(ranked)[:count]]
 
 def read_image(path):
-    """uint8 (3, H, W) of an image file, not turned by its EXIF, as usual. Raises Refusal."""
+    """uint8 (3, H, W) of an image file; its EXIF rotation is ignored, as usual. Raises Refusal."""
     try:
         return v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
     except Exception as error:  # a broken file may raise anything
@@ -459,7 +459,7 @@ def centre_view(image, size):
     return v2.functional.center_crop(image, [size, size])
 
 def set_seed(*numbers):
-    """Seeds torch by these numbers; streams of different numbers have nothing in common."""
+    """Seed torch by these numbers together."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 def coin():
@@ -502,7 +502,7 @@ class TrainingViews(ImageClasses):
     size = epoch = 0  # the run sets the network's size, `fit` counts the epochs
 
     def __init__(self, config):
-        train = Path(config.data, "train")  # or a class of that name, which holds no folders
+        train = Path(config.data, "train")  # a class may be called so; it holds no folders
         super().__init__(train if any(train.glob("*/*")) else config.data)
         self.config = config
         self.augment = "none" if RECIPES[config.recipe].examples == "clean" else config.augment
@@ -511,7 +511,7 @@ class TrainingViews(ImageClasses):
         # False is not in the paper: the other operations are among ImageNet-C's corruptions.
         self.augmix = v2.AugMix(config.severity, all_ops=False)
         self.one_operation = v2.AugMix(config.severity, 1, 1, all_ops=False)  # width 1, depth 1
-        self.pictures = sorted(Path(config.mixing or "none").rglob("*.*"))
+        self.pictures = sorted(Path(config.mixing).rglob("*.*")) if config.mixing else []
         if "pixmix" in self.augment and not self.pictures:
             raise Refusal(f"--augment {self.augment}: needs --mixing, a folder of pictures")
 
@@ -525,9 +525,10 @@ class TrainingViews(ImageClasses):
 
     def crop(self, image):
         """A random part of the image, (3, size, size), flipped by a coin."""
-        crop = v2.RandomResizedCrop(self.size)
         if self.size <= 64:  # as CIFAR is cropped
             crop = v2.Compose([v2.Resize(self.size), v2.RandomCrop(self.size, self.size // 8)])
+        else:
+            crop = v2.RandomResizedCrop(self.size)
         return v2.RandomHorizontalFlip()(crop(image))
 
     def augmented(self, view):
@@ -545,8 +546,8 @@ class TrainingViews(ImageClasses):
         mixed = (self.one_operation(view) if coin() else view) / 255
         for _ in range(int(torch.randint(rounds + 1, ()))):
             if coin():
-                path = self.pictures[int(torch.randint(len(self.pictures), ()))]
-                partner = self.crop(read_image(path))
+                drawn = int(torch.randint(len(self.pictures), ()))
+                partner = self.crop(read_image(self.pictures[drawn]))
             else:
                 partner = self.one_operation(view)
             a = torch.distributions.Beta(beta, 1).sample()
@@ -569,8 +570,8 @@ def get_lr(step, total, config):
 def make_optimizer(model, config):
     """AdamW over the trainable parameters, without decay of biases, norms and cosine rows."""
     rows = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, CosineClassifier)]
-    groups = timm.optim.param_groups_weight_decay(model, config.weight_decay, True, rows)
-    return torch.optim.AdamW(groups)
+    return torch.optim.AdamW(timm.optim.param_groups_weight_decay(
+        model, config.weight_decay, no_weight_decay_list=rows))
 
 @torch.no_grad()
 def renormalise(model):
@@ -585,10 +586,10 @@ def autocast():
 
 def batches(views, config):
     """(loader, sampler) of this process's share of each step, which holds the same images on any
-    number of processes; an epoch's last, smaller step is left out. Raises Refusal."""
+    number of processes that divides it; an epoch's last, smaller step is left out."""
     per_process = min(config.batch_size, len(views)) // PROCESSES
     if per_process == 0:
-        raise Refusal(f"--batch-size, or {len(views)} images: fewer than {PROCESSES} processes")
+        raise Refusal(f"--batch-size or {len(views)} images: below the {PROCESSES} processes")
     sampler = DistributedSampler(views, PROCESSES, RANK, seed=config.seed, drop_last=True)
     loader = DataLoader(views, per_process, sampler=sampler, drop_last=True,
                         num_workers=config.workers, pin_memory=DEVICE == "cuda")
@@ -647,12 +648,13 @@ def fit(model, loss_of, views, config, write, progress=None):
 def robustify(config):
     """Sec. 4.3: cut the student, tune it on D^a under its heads, write it. Raises Refusal."""
     recipe = RECIPES[config.recipe]
-    if "unclean" in recipe.heads and (config.augment == "none" or config.dropout == 0):
-        raise Refusal("three heads need augmented images to learn from and dropout to be chosen by")
+    can_choose = 0 < config.dropout < 1 and config.passes > 1
+    if "unclean" in recipe.heads and (config.augment == "none" or not can_choose):
+        raise Refusal("three heads need augmented images, --dropout between 0 and 1, --passes 2")
     if config.zero_shot and recipe.tuned == "classifier":
         raise Refusal(f"--zero-shot keeps the classifier, all that --recipe {config.recipe} tunes")
-    progress = unfinished_run(config, "plug-in")
     views = TrainingViews(config)
+    progress = unfinished_run(config, "plug-in", views)
     teacher = nn.Identity()  # of recipes without one
     if "robust" in (recipe.clean_teacher, recipe.augmented_teacher):
         teacher = load_teacher(config, views.classes).to(DEVICE)
@@ -675,9 +677,9 @@ def robustify(config):
 def make_teacher(config):
     """Sec. 4.2: train a whole network on D^a with labels alone, and write it. It begins with a
     linear probe, so that it keeps what it knew (not in the paper). Raises Refusal."""
-    config = replace(config, recipe="ft-augmented")
-    progress = unfinished_run(config, "network")
+    config = replace(config, recipe="ft-augmented", zero_shot=False)
     views = TrainingViews(config)
+    progress = unfinished_run(config, "network", views)
     if progress is None:
         network = load_network(config.make_teacher, config.image_size, config.seed)
         give_classifier(network, views, config)
@@ -698,7 +700,7 @@ def load_teacher(config, class_names):
         raise Refusal(f"--recipe {config.recipe} needs --teacher FILE.pt; see --make-teacher")
     teacher = load_network(config.teacher)
     if not keep_classes(teacher, class_names):
-        raise Refusal(f"--teacher {config.teacher}: knows not all classes of --data by name")
+        raise Refusal(f"--teacher {config.teacher}: does not name the classes of --data")
     return teacher.requires_grad_(False)
 
 def give_classifier(network, views, config):
@@ -773,11 +775,11 @@ def linear_probe(features, labels, classifier, weight_decay=1e-4):
 def describe(student, total):
     """Print what is cut where, and who teaches whom; total: the network's number of parameters."""
     head = student.heads["combined"]
-    every = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    tuned = every - (len(student.heads) - 1) * count_parameters(head)
+    all_heads = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    tuned = all_heads - (len(student.heads) - 1) * count_parameters(head)
     print(f"network   {student.config.student}, {student.size} px, {student.backbone[0][1]}")
     print(f"cut       {len(student.backbone)} stages frozen, {len(student.shared)} shared, "
-          f"{len(head.body)} in each head; tuned {tuned / total:.1%}, with all {every / total:.1%}")
+          f"{len(head.body)} in each head; tuned {tuned / total:.1%}, all {all_heads / total:.1%}")
     if student.recipe.tuned == "part" and len(student.shared) == 0:
         more = (tuned + count_parameters(student.backbone[-1])) / total
         print(f"          nothing is shared; --fraction {more:.2f} would share one block")
@@ -956,7 +958,7 @@ def build_timm(name, weights, image_size):
         fits = isinstance(classifier, nn.Linear) and torch.allclose(
             classifier(net(x)), expected, atol=1e-3)
         if not is_bare and not fits:
-            raise Refusal("its logits are no linear layer on its features")
+            raise Refusal("its logits are not a linear function of its features")
     network = Network(name, net, None if is_bare else classifier, size, known["mean"], known["std"])
     if weights != "none" and getattr(classifier, "out_features", 0) == 1000:
         network.class_names = timm.data.ImageNetInfo().label_names()  # in this order by custom
@@ -1037,7 +1039,7 @@ def read_file(path, kind=""):
     except Exception as error:  # a broken file may raise anything
         raise Refusal(f"{path}: broken, with code in it, or weights (NAME:{path})") from error
     if damaged or kind not in ("", found):
-        raise Refusal(f"{path}: is a {'damaged ' * bool(damaged)}{found}; wanted is a {kind}")
+        raise Refusal(f"{path}: a {found}, damaged: {bool(damaged)}; expected a {kind}")
     return content
 
 def fingerprint(*modules):
@@ -1056,8 +1058,7 @@ def tuned_state(student):
             if name not in frozen and not name.startswith(("backbone.", "original_top."))}
 
 def save(student, path, **progress):
-    """The plug-in: tuned part, config, class names, the original's classifier, a fingerprint of all
-    that is frozen; progress of an unfinished run. Raises Refusal."""
+    """The plug-in: what `load` needs beside the network, and progress while training."""
     write_file(path, "plug-in", config=asdict(student.config), tuned=tuned_state(student),
                class_names=student.class_names, classifier=student.original_top[1][-1].state_dict(),
                fingerprint=fingerprint(student.backbone, student.original_top), **progress)
@@ -1069,10 +1070,7 @@ def load(path, modules=None, class_names=None, alpha=1.0):
     what is no whole plug-in, or was tuned on other weights."""
     saved = read_file(path, "plug-in")
     config = Config(**saved["config"])
-    if modules is None:
-        student = cut(load_original(path), config)
-    else:
-        student = RobustStudent(*modules, config)
+    student = RobustStudent(*modules, config) if modules else cut(load_original(path), config)
     if fingerprint(student.backbone, student.original_top) != saved["fingerprint"]:
         raise Refusal(f"{path}: tuned on other weights than {config.student or 'these'} has now")
     if alpha != 1 and student.recipe.tuned == "prompts":
@@ -1115,7 +1113,7 @@ def read_network(path):
     network.text = None
     return network
 
-def unfinished_run(config, kind):
+def unfinished_run(config, kind, views):
     """What an interrupted run left in --out.part, or None where a run begins. Raises Refusal."""
     part = Path(f"{config.out}.part")
     if not part.is_file():
@@ -1127,6 +1125,8 @@ def unfinished_run(config, kind):
     if not config.resume:
         raise Refusal(f"{part}: left by an interrupted run; go on with --resume, or remove it")
     saved = read_file(part, kind)
+    if saved["class_names"] != views.classes:
+        raise Refusal(f"--resume: {part} was trained on other classes than {config.data} has")
     for name, before in saved["config"].items():
         now = getattr(config, name)
         if now != before and name not in ("data", "out", "teacher", "workers", "resume"):
@@ -1177,9 +1177,10 @@ def demo(folder="demo"):
     for recipe in ("three-heads", "apt"):
         robustify(replace(common, student=student, teacher=teacher, recipe=recipe, epochs=5,
                           out=f"{folder}/{recipe}.pt"))
+    print("\nNow measure what lies in demo/: python eval.py")
 
 def refuse(message):
-    """Raises Refusal: what argparse shall do with an error."""
+    """Raises Refusal: what argparse does with an error."""
     raise Refusal(message)
 
 def parse(arguments):
@@ -1192,16 +1193,16 @@ def parse(arguments):
     choices = {**CHOICES, "recipe": RECIPES}
     for field in fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
-        comment = comments.get(field.name, "").replace("%", "%%")
+        comment = comments.get(field.name, "").replace("%", "%%") + " [%(default)s]"
         if field.type is bool:
             parser.add_argument(flag, action="store_true", help=comment)
         else:
             parser.add_argument(flag, type=field.type, default=field.default, help=comment,
-                                choices=choices.get(field.name), metavar=field.default)
+                                choices=choices.get(field.name))
     return Config(**vars(parser.parse_args(arguments)))
 
 def join_processes():
-    """Under torchrun: let this process speak with the others, on its own GPU."""
+    """Under torchrun: join the other processes, each on its own GPU."""
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # one process prints
     if PROCESSES > 1:
@@ -1215,15 +1216,14 @@ def run(arguments):
     if min(config.epochs, config.passes, config.seed + 1) < 1:
         raise Refusal("--epochs and --passes begin at 1, --seed at 0")
     if not arguments:
-        demo()
-        return print("\nNow measure what lies in demo/: python eval.py")
+        return demo()
     if bool(config.student) == bool(config.make_teacher):
         raise Refusal("give --student or --make-teacher, or no argument at all for the demo")
     out = Path(config.out).resolve()
     names = (config.student, config.teacher, config.make_teacher)
     is_input = out in [Path(name.rpartition(":")[2]).resolve() for name in names]
     if is_input or out.suffix != ".pt" or not os.access(out.parent, os.W_OK):
-        raise Refusal(f"--out {config.out}: must be a new NAME.pt in a folder that can be written")
+        raise Refusal(f"--out {config.out}: must be NAME.pt, no input, in a writable folder")
     join_processes()
     if config.student:
         robustify(config)
@@ -1238,7 +1238,7 @@ def main(run=run):
     try:
         run(sys.argv[1:])
     except (Refusal, OSError) as error:
-        reason = str(error).rpartition("Refusal: ")[2]  # not a loader's traceback
+        reason = str(error).rpartition("Refusal: ")[2]  # without the traceback of a worker
         print(f"{program}: {' '.join(reason.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
