@@ -1170,13 +1170,13 @@ def demo(folder="demo"):
         left.unlink()
     student = f"{folder}/student.pt"
     teacher = f"{folder}/teacher.pt"
-    common = Config(data=folder, severity=4, batch_size=64, workers=2, lr=3e-3)
-    new = replace(common, image_size=64, make_teacher="robustify_demo:none", epochs=12)
+    common = Config(data=folder, severity=4, batch_size=64, workers=2)
+    new = replace(common, image_size=64, make_teacher="robustify_demo:none", lr=3e-3, epochs=10)
     make_teacher(replace(new, augment="none", out=student))
-    make_teacher(replace(new, make_teacher="test_efficientnet:none", epochs=8, out=teacher))
+    make_teacher(replace(new, make_teacher="test_efficientnet:none", epochs=6, out=teacher))
     for recipe in ("three-heads", "apt"):
-        robustify(replace(common, student=student, teacher=teacher, recipe=recipe, epochs=5,
-                          out=f"{folder}/{recipe}.pt"))
+        robustify(replace(common, student=student, teacher=teacher, recipe=recipe, lr=1e-2,
+                          epochs=5, out=f"{folder}/{recipe}.pt"))
     print("\nNow measure what lies in demo/: python eval.py")
 
 def refuse(message):

@@ -9,8 +9,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -30,7 +28,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from torch.distributions import Categorical, kl_divergence
 
 import eval as ev
@@ -41,7 +38,7 @@ STD = torch.tensor([0.2, 0.25, 0.3])[:, None, None]
 WNIDS = timm.data.ImageNetInfo().label_names()
 FISH = WNIDS[:4]
 NARROW = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}  # a resnet18 of 0.02 M
-TINY = {"patch_size": 16, "depth": 3, "embed_dim": 48, "num_heads": 3}
+TINY = {"patch_size": 16, "depth": 3, "embed_dim": 48, "num_heads": 3, "img_size": 32}
 BLANK = np.zeros((8, 8, 3), np.uint8)
 FLAGS = ["--workers=0", "--epochs=1", "--batch-size=8", "--lr=1e-2"]
 
@@ -52,15 +49,14 @@ def close(found, expected, atol=1e-6):
     return torch.allclose(found, expected, atol=atol)
 
 def randomise(module, seed=0):
-    """Random parameters and batch-norm statistics. A fresh network hides wrong wiring: its norms
-    are the identity, and its layer scales are tiny."""
+    """A fresh network hides wrong wiring: its norms are the identity, its layer scales tiny."""
     for i, p in enumerate(module.parameters()):
         p.data = noise(*p.shape, seed=1000 * seed + i) * (len(p) / p.numel()) ** 0.5
         if p.ndim < 2:
             p.data = 1 + p / 2
-    for i, (name, buffer) in enumerate(module.named_buffers()):
+    for name, buffer in module.named_buffers():
         if "running" in name:  # mean, var
-            buffer.copy_(noise(*buffer.shape, seed=i).sigmoid() - 0.5 + ("var" in name))
+            buffer.copy_(noise(*buffer.shape).sigmoid() - 0.5 + ("var" in name))
     return module.eval().requires_grad_(True)
 
 def images_of(n, size=32):
@@ -101,8 +97,7 @@ def make_network(seed=0):
     return networks(timm.create_model("resnet18", num_classes=4, **NARROW), 32, seed)[0]
 
 def make_vit():
-    net = timm.create_model("vit_tiny_patch16_224", num_classes=4, img_size=32, **TINY)
-    return networks(net, 32)[0]
+    return networks(timm.create_model("vit_tiny_patch16_224", num_classes=4, **TINY), 32)[0]
 
 def make_student(recipe="three-heads", **settings):
     """Of the narrow ResNet, two blocks frozen and one shared; vpt takes a ViT."""
@@ -154,9 +149,8 @@ def clips(tmp_path_factory):
     """Two tiny CLIPs that open_clip knows by name."""
     folder = tmp_path_factory.mktemp("clips")
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    towers = {"test-vit": {"image_size": 32, "layers": 3, "width": 64, "patch_size": 16},
-              "test-rn": {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8}}
-    for name, tower in towers.items():
+    for name, tower in (("test-vit", {"image_size": 32, "layers": 3, "width": 64, "patch_size": 16}),
+                        ("test-rn", {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8})):
         content = {"embed_dim": 32, "vision_cfg": {**tower, "head_width": 32}, "text_cfg": text}
         (folder / f"{name}.json").write_text(json.dumps(content))
     open_clip.add_model_config(folder)
@@ -172,21 +166,19 @@ def trained(tmp_path_factory):
     assert command(rb.run, robustify(root, root / "robust.pt")) == 0
     return root
 
-# --- The split equals the library's whole network -------------------------------------------------
+# --- robustify.py: split, loss, heads, classifiers -------------------------------------------------
 
 TIMM = {  # name: (name of timm, size, arguments)
     "ViT": ("vit_tiny_patch16_224", 32, TINY),
     "mean": ("vit_tiny_patch16_224", 32, {**TINY, "global_pool": "avg", "class_token": False}),
     "attention pool": ("vit_base_patch16_siglip_224", 32, TINY),
-    "DINOv2": ("vit_small_patch14_reg4_dinov2", 28, {**TINY, "patch_size": 14}),
+    "DINOv2": ("vit_small_patch14_reg4_dinov2", 28, {**TINY, "patch_size": 14, "img_size": 28}),
     "ResNet": ("resnet18", 32, NARROW), "EfficientNet": ("test_efficientnet", 64, {})}
 
 def family(name):
     """(our Network, the library's network with a classifier), of the same random weights."""
     if name in TIMM:
         library_name, size, arguments = TIMM[name]
-        if "patch" in library_name:
-            arguments = {**arguments, "img_size": size}
         return networks(timm.create_model(library_name, num_classes=5, **arguments), size)
     tower = open_clip.create_model(name).visual
     classifier = rb.CosineClassifier(noise(5, 32), 5.0, trained=True)  # a CLIP tower has none
@@ -228,8 +220,6 @@ def test_cut_is_the_best(fraction, head_blocks):
     assert tuned == min(choices, key=lambda n: abs(n / choices[0] - fraction))
     assert len(student.heads["combined"].body) == head_blocks + 1  # and the pool
 
-# --- Gradients and loss ---------------------------------------------------------------------------
-
 def fit(model, loss_of, out, write=None, **settings):
     """Train on the Examples as robustify.py does."""
     def touch(path, **progress):
@@ -248,8 +238,7 @@ def test_training_leaves_the_frozen_alone(recipe, tmp_path):
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, student.classes))
     fit(student, partial(rb.student_loss, student, teacher), tmp_path / "out.pt", epochs=1)
     moved = {name for name, v in student.state_dict().items() if not torch.equal(v, before[name])}
-    tuned = {name for name, p in student.named_parameters() if "backbone" not in name}
-    tuned = {name for name in tuned if "original_top" not in name}
+    tuned = {name for name, _ in student.named_parameters() if name.startswith(("shared", "heads"))}
     if recipe == "vpt":
         tuned = {name for name in tuned if "prompts" in name or "classifier" in name}
     assert moved == tuned
@@ -259,10 +248,9 @@ def test_training_leaves_the_frozen_alone(recipe, tmp_path):
     assert count == counts.get(recipe, count)
     rows = [head.classifier.weight for head in student.heads.values() if is_clip]
     assert all(close(row.norm(dim=-1), torch.ones(3)) for row in rows)
-    student.config.weight_decay = 0.3
     for group in rb.make_optimizer(student, student.config).param_groups:
         decays = {p.ndim > 1 and all(p is not row for row in rows) for p in group["params"]}
-        assert decays == {group["weight_decay"] == 0.3}
+        assert decays == {group["weight_decay"] > 0}
 
 TAUGHT_BY = {"three-heads": ("original", "robust"), "combined-head": ("original", "robust"),
              "single-teacher": ("robust", "robust")}  # clean examples, augmented ones
@@ -310,8 +298,6 @@ def test_student_loss_is_the_slow_loss(recipe, is_clean):
     assert all(len(call.args[0]) for call in teacher.forward.call_args_list)
     assert states_equal(teacher.state_dict(), make_network(1).state_dict())
 
-# --- Head selection -------------------------------------------------------------------------------
-
 def test_kl_divergence():
     p, q = noise(2, 1000, 6).softmax(-1)
     expected = kl_divergence(Categorical(probs=p), Categorical(probs=q))
@@ -355,7 +341,7 @@ def test_select_head_rules(rule, expected, mirrored):
 
 @torch.no_grad()
 def test_predict_returns_the_chosen_head():
-    """Whatever the batch."""
+    """Whatever the batch; what is no batch of pixels is refused."""
     x = noise(64, 16)
     head = nn.Sequential(randomise(nn.Linear(16, 4)))
     student = rb.RobustStudent(nn.Identity(), nn.Sequential(), head, rb.Config(dropout=0.4))
@@ -370,6 +356,9 @@ def test_predict_returns_the_chosen_head():
         for p, uncertainty in ((alone.probabilities[0], alone.uncertainty[0]),
                                (found.phi[name][i], u[name][i])):
             assert close(found.probabilities[i], p) and close(found.uncertainty[i], uncertainty)
+    for photo in ((255 * x).byte(), "photo.jpg", x.numpy()):
+        with pytest.raises(rb.Refusal, match="preprocess"):
+            student.predict(photo)
 
 @torch.no_grad()
 def test_modules_that_overwrite_their_input_do_no_harm():
@@ -395,14 +384,8 @@ def test_dropout_acts_while_training():
     assert torch.equal(student.shared(x), x + 1)
     assert all(torch.equal(head(h), head(h)) for head in student.heads.values())
 
-def test_what_is_no_batch_of_pixels_is_refused():
-    for photo in ((255 * images_of(2)).byte(), "photo.jpg", np.zeros((2, 3, 32, 32))):
-        with pytest.raises(rb.Refusal, match="preprocess"):
-            make_student().predict(photo)
-
 def test_docstring_example_runs():
-    found = doctest.testmod(rb)
-    assert found.attempted > 5 and found.failed == 0
+    assert doctest.testmod(rb) == (0, 7)
 
 @torch.no_grad()
 def test_export_with_a_dynamic_batch():
@@ -412,8 +395,6 @@ def test_export_with_a_dynamic_batch():
     for x in (images_of(1), images_of(32)):
         assert close(program.module()(x), student(x))
     assert len(student.predict(x).head.unique()) == 2
-
-# --- CLIP, prompts, classifiers -------------------------------------------------------------------
 
 @torch.no_grad()
 def embed(names):
@@ -438,13 +419,11 @@ def clip_student(trained):
 @torch.no_grad()
 def test_clip_logits_by_hand():
     clip, weight = embed(["ant", "bee", "cat"])
+    student = clip_student(trained=False)
     x = images_of(4)
-    mean = torch.tensor(clip.visual.preprocess_cfg["mean"])[:, None, None]
-    std = torch.tensor(clip.visual.preprocess_cfg["std"])[:, None, None]
-    encoded = F.normalize(clip.encode_image((x - mean) / std), dim=-1)
+    encoded = F.normalize(clip.encode_image(student.backbone[0](x)), dim=-1)  # normalised pixels
     expected = clip.logit_scale.exp() * encoded @ weight.T
     assert expected.std(0).min() > 1e-3
-    student = clip_student(trained=False)
     z = student.backbone(x)
     assert close(student.original_top(z), expected, 1e-4)
     assert close(student.heads["clean"](student.shared(z)), expected, 1e-4)
@@ -474,13 +453,9 @@ def test_clip_takes_new_classes(tmp_path):
 def test_quick_gelu_follows_the_tag(monkeypatch):
     """OpenAI's weights need QuickGELU, though the plain name of the architecture says GELU."""
     create = open_clip.create_model
-
-    def create_without_weights(name, pretrained, **arguments):
-        assert pretrained == "tag"
-        return create(name, **arguments)
-
     default = rb.load_network("test-vit:none").net(images_of(2))
-    monkeypatch.setattr(open_clip, "create_model", create_without_weights)
+    monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained, **arguments: create(
+        name, pretrained=None if pretrained == "tag" else "missed", **arguments))
     for quick in (True, False):
         known = {"quick_gelu": quick, "mean": (0.3, 0.2, 0.1)}
         monkeypatch.setattr(open_clip, "get_pretrained_cfg", mock.Mock(return_value=known))
@@ -503,11 +478,8 @@ def test_prompts_are_read_and_dropped():
 def test_where_a_classifier_comes_from(known, names, flags, becomes, monkeypatch):
     """The rows of its own classes are kept; a CLIP's starts at the text embeddings: VE probes it
     from there, WiSE-FT and zero shot do not."""
-    network = make_network()
-    before = network.classifier.weight.clone()
-    if known == "clip":
-        network = rb.load_network("test-vit:none")
-    elif known:
+    network = rb.load_network("test-vit:none") if known == "clip" else make_network()
+    if known == "abcd":
         network.class_names = list(known)
     monkeypatch.setattr(rb, "all_features", lambda *arguments: ())
     monkeypatch.setattr(rb, "linear_probe", mock.Mock())
@@ -516,54 +488,50 @@ def test_where_a_classifier_comes_from(known, names, flags, becomes, monkeypatch
     assert network.class_names == list(names) and len(weight) == len(names)
     assert rb.linear_probe.called == ("probed" in becomes)
     if becomes == "kept":
-        assert torch.equal(weight, before[[known.index(name) for name in names]])
+        rows = ["abcd".index(name) for name in names]
+        assert torch.equal(weight, make_network().classifier.weight[rows])
     if "text" in becomes:
         assert close(weight, embed(names)[1])
         assert weight.requires_grad != ("zero_shot" in flags)
 
-# --- Data -----------------------------------------------------------------------------------------
+# --- robustify.py: data, files, processes, command lines -------------------------------------------
 
-@pytest.fixture
-def views_of(trained):
-    """settings -> TrainingViews of sixteen images at 32 px."""
-    def make(**settings):
-        data = str(trained / "data")
-        views = rb.TrainingViews(rb.Config(data=data, mixing=data, **settings))
-        views.size = 32
-        return views
-
-    return make
+def views_of(trained, **settings):
+    """TrainingViews of sixteen images at 32 px."""
+    data = str(trained / "data")
+    views = rb.TrainingViews(rb.Config(data=data, mixing=data, **settings))
+    views.size = 32
+    return views
 
 @pytest.mark.parametrize("augment", ["augmix+deepaugment", "augmix+pixmix"])
-def test_views_depend_on_seed_epoch_and_index_alone(augment, views_of, monkeypatch):
+def test_views_depend_on_seed_epoch_and_index_alone(augment, trained, monkeypatch):
     """Two processes share each step."""
-    views = views_of(augment=augment, seed=3)
+    views = views_of(trained, augment=augment, seed=3)
     expected = torch.stack([views[i][0] for i in range(16)])
     for workers in (0, 2):
         loader, sampler = rb.batches(views, rb.Config(batch_size=5, workers=workers))
         found = torch.cat([batch[0] for batch in loader])
         assert torch.equal(found, expected[list(sampler)[:15]])
     views.epoch = 1
-    for another in (views, views_of(augment=augment, seed=4)):
+    for another in (views, views_of(trained, augment=augment, seed=4)):
         assert sum(torch.equal(another[i][0], expected[i]) for i in range(16)) < 8
     monkeypatch.setattr(rb, "PROCESSES", 17)
-    with pytest.raises(rb.Refusal, match="fewer than 17 processes"):
+    with pytest.raises(rb.Refusal, match="17 processes"):
         rb.batches(views, views.config)
 
-def test_coin_is_fair_and_clean_views_are_clean(views_of):
-    views, plain = views_of(), views_of(augment="none")
+def test_coin_is_fair_and_clean_views_are_clean(trained):
+    views, plain = views_of(trained), views_of(trained, augment="none")
     assert views.augmix.all_ops is False  # or it would train on ImageNet-C's corruptions
     found = []
     for views.epoch, index in product(range(15), range(16)):
         plain.epoch = views.epoch
-        pixels, _, is_clean = views[index]
         expected, _, is_called_clean = plain[index]
         assert is_called_clean  # nothing is augmented, nothing is called so
-        found.append((is_clean, not torch.equal(pixels, expected)))
+        found.append((views[index][2], not torch.equal(views[index][0], expected)))
     clean, changed = torch.tensor(found).T
     assert not (clean & changed).any()
     assert 89 <= clean.sum() <= 151 and changed.sum() > 60  # of 240; four standard deviations
-    assert all(is_clean for _, _, is_clean in views_of(recipe="lp"))
+    assert all(is_clean for _, _, is_clean in views_of(trained, recipe="lp"))
 
 def test_noise2net_has_its_published_strength():
     """RMS change over twenty smooth images: 0.20 published, 0.09 without its last norm."""
@@ -582,35 +550,34 @@ def test_noise2net_has_its_published_strength():
 def test_pixmix_by_hand(x, y, a, b, multiply, expected):
     assert rb.mix(torch.tensor(x), torch.tensor(y), a, b, multiply).item() == pytest.approx(expected)
 
-# --- Files ----------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("form", ["plain", "state_dict", "state_dict_ema", "module.", "safetensors"])
+@pytest.mark.parametrize("form", ["plain", "state_dict", "state_dict_ema", "module."])
 @torch.no_grad()
 def test_a_file_of_ten_outputs_keeps_them(form, tmp_path):
     """As people publish such files; without a word timm would make a random head of them."""
     net = randomise(timm.create_model("test_resnet", num_classes=10))
     state = net.state_dict()
     path = tmp_path / f"published.{form}"
-    if form == "safetensors":
-        save_file(state, path)
-    elif form == "module.":
-        torch.save({f"module.{name}": value for name, value in state.items()}, path)
-    else:
-        worse = {name: 0 * value for name, value in state.items()}
-        torch.save(state if form == "plain" else {"state_dict": worse, form: state}, path)
+    content = {"state_dict": {name: 0 * value for name, value in state.items()}, form: state}
+    if form in ("plain", "module."):
+        content = {f"{form.removeprefix('plain')}{name}": value for name, value in state.items()}
+    torch.save(content, path)
     network = rb.load_network(f"test_resnet:{path}")
     x = images_of(2, network.size)
     assert close(network(x), net((x - 0.5) / 0.5), 1e-4) and network(x).shape == (2, 10)
     with pytest.raises(rb.Refusal, match="--teacher .*classes"):  # which are theirs?
         rb.load_teacher(rb.Config(teacher=f"test_resnet:{path}"), ["ant", "bee"])
 
-def test_round_trip(tmp_path):
-    """To the bit; other weights are refused."""
+def test_round_trip(tmp_path, monkeypatch):
+    """To the bit; other weights are refused. A full disk leaves the older file whole."""
     path = tmp_path / "robust.pt"
     config = rb.Config(rule="u", seed=5)
     student = differ(rb.RobustStudent(*own_modules(), config))
     student.class_names = list("abcd")
     rb.save(student, path)
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=OSError(28, "disk full")))
+    with pytest.raises(rb.Refusal, match="robust.pt.*disk full"):
+        rb.save(rb.RobustStudent(*own_modules(), config), path)
+    assert list(tmp_path.iterdir()) == [path]
     loaded = rb.load(path, own_modules())
     assert states_equal(loaded.state_dict(), student.state_dict())
     assert torch.equal(loaded(images_of(4)), student(images_of(4)))
@@ -633,20 +600,8 @@ def test_damaged_files_are_refused(trained, tmp_path):
         with pytest.raises(rb.Refusal, match="damaged.pt"):
             rb.load(tmp_path / "damaged.pt")
 
-def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "student.pt"
-    rb.save(make_student(), path)
-    before = path.read_bytes()
-    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=OSError(28, "disk full")))
-    with pytest.raises(rb.Refusal, match="student.pt.*disk full"):
-        rb.save(differ(make_student()), path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-# --- Training -------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nan_is_refused_before_the_update(where, tmp_path):
-    """Two steps an epoch; the fourth is bad, and what the first epoch wrote stays."""
+def test_nan_is_refused_before_the_update(tmp_path):
+    """Two steps an epoch; the fourth has a bad gradient, and what the first epoch wrote stays."""
     model = nn.Linear(3, 1)
     states = []
     write = mock.Mock()
@@ -654,29 +609,26 @@ def test_nan_is_refused_before_the_update(where, tmp_path):
     def loss_of(pixels, labels, is_clean):
         states.append(copy.deepcopy(model.state_dict()))
         loss = model(pixels.mean((2, 3))).mean()
-        bad = {"loss": loss * math.nan, "gradient": (loss - loss.detach()).sqrt()}
-        return bad[where] if len(states) == 4 else loss
+        return (loss - loss.detach()).sqrt() if len(states) == 4 else loss
 
     with pytest.raises(rb.Refusal, match="epoch 2"):
         fit(model, loss_of, tmp_path / "out.pt", write, epochs=3, batch_size=4)
     assert [call.args for call in write.call_args_list] == [(f"{tmp_path}/out.pt.part",)]
     assert states_equal(model.state_dict(), states[3])
 
-def forked(arguments, rank=0, processes=1, port=0, dies_at=None):
+def forked(arguments, rank=0, processes=1, port=0, dies_at=0):
     """A process that runs the command line as torchrun would, without importing torch again. It
-    dies without warning at its n-th write: dies_at = (n, before or after the file is replaced)."""
+    dies without warning at the n-th moment: 1 before and 2 after its first write, 3 and 4 ..."""
     replace = os.replace
     moments = []
 
-    def reach(moment):
-        moments.append(moment)
-        if dies_at == (moments.count(moment), moment):
-            os.kill(os.getpid(), signal.SIGKILL)
-
     def deadly_replace(source, target):
-        reach("before")
-        replace(source, target)
-        reach("after")
+        for moment in ("before", "after"):
+            moments.append(moment)
+            if len(moments) == dies_at:
+                os.kill(os.getpid(), 9)
+            if moment == "before":
+                replace(source, target)
 
     def run():
         os.replace, rb.RANK, rb.PROCESSES = deadly_replace, rank, processes
@@ -690,47 +642,31 @@ def forked(arguments, rank=0, processes=1, port=0, dies_at=None):
 
 @pytest.mark.parametrize("make, kind", [(robustify, "tuned"), (make_teacher, "state")])
 def test_killed_at_any_moment_it_ends_with_the_same_weights(make, kind, trained, tmp_path, capfd):
-    """Before the first write, in the second epoch, between the last two writes, after the last."""
+    """Before the first write, in the second epoch, between the last two writes, after the last.
+    Other settings, data or teachers are refused then."""
     whole, out, part = [tmp_path / name for name in ("whole.pt", "killed.pt", "killed.pt.part")]
     flags = ["--epochs=3", "--batch-size=5"]
     assert command(rb.run, make(trained, whole) + flags) == 0
     arguments = make(trained, out) + flags + ["--resume"]
-    for n, moment, files in ((1, "before", (0, 0)), (2, "before", (1, 0)), (2, "after", (1, 0)),
-                             (1, "after", (1, 1))):
-        process = forked(arguments, dies_at=(n, moment))
+    for dies_at, files in ((1, (0, 0)), (3, (1, 0)), (4, (1, 0)), (2, (1, 1))):
+        process = forked(arguments, dies_at=dies_at)
         process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert process.exitcode == -9
         assert (part.exists(), out.exists()) == files
-    assert command(rb.run, arguments[:-1]) == 2
-    assert "--resume, or remove it" in capfd.readouterr().err
+    other = make_folder(tmp_path / "data", n=9)
+    refusals = [(arguments[:-1], "--resume, or remove it"),
+                (arguments + ["--augment=augmix"], "--augment was augmix+deepaugment")]
+    if kind == "tuned":
+        refusals += [(arguments + ["--temperature=3"], "was 2.0, is now 3.0"),
+                     (arguments + [f"--data={other}"], "is now 18 images"),
+                     (arguments + [f"--teacher={trained}/student.pt"], "teacher")]
+    for words, message in refusals:
+        assert command(rb.run, words) == 2
+        assert message in capfd.readouterr().err
     assert command(rb.run, arguments) == 0
     assert "after epoch 3 of 3" in capfd.readouterr().out
     assert states_equal(rb.read_file(out)[kind], rb.read_file(whole)[kind])
     assert not part.exists()
-    assert command(rb.run, arguments) == 2
-    assert "is finished" in capfd.readouterr().err
-
-@pytest.mark.parametrize("change, part", [
-    ("--temperature=3", "--temperature was 2.0, is now 3.0"), ("--recipe=apt", "--recipe was"),
-    ("student.pt", "other weights"), ("teacher.pt", "teacher"), ("data/train/ant/9.png", "17 images"),
-    ("out.pt.part", "out.pt.part")])
-def test_resume_refuses_what_changed(change, part, trained, tmp_path, capsys):
-    root = shutil.copytree(trained, tmp_path / "copy")
-    arguments = robustify(root, root / "out.pt") + ["--epochs=2", "--resume"]
-    forked(arguments, dies_at=(1, "after")).join()
-    if change.startswith("--"):
-        arguments.append(change)
-    elif change in ("student.pt", "teacher.pt"):
-        network = randomise(rb.load_network(str(root / change)))
-        rb.save_network(network, root / change, rb.Config(make_teacher="x"))
-    elif change == "out.pt.part":
-        os.truncate(root / change, 1000)
-    else:
-        shutil.copy(root / "data/train/ant/0.png", root / change)
-    before = (root / "out.pt.part").read_bytes()
-    assert command(rb.run, arguments) == 2
-    assert part in capsys.readouterr().err
-    assert (root / "out.pt.part").read_bytes() == before and not (root / "out.pt").exists()
 
 @pytest.mark.parametrize("part, classes, tolerance", [
     ("tuned", ("bee", "ant"), 1e-5), ("state", ("bee", "ant"), 1e-5),
@@ -743,18 +679,15 @@ def test_two_processes_equal_one(part, classes, tolerance, trained, tmp_path):
              "--recipe=apt", "--dropout=0", "--block-dropout=0"]
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
     assert command(rb.run, make(trained, one) + flags) == 0
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
+    port = 20000 + os.getpid() % 40000
     pair = [forked(make(trained, two) + flags, rank, 2, port) for rank in (0, 1)]
     for process in pair:
         process.join()
         assert process.exitcode == 0
     expected = rb.read_file(one)[part]
     for name, value in rb.read_file(two)[part].items():
-        assert close(value, expected[name], tolerance), name
-
-# --- Command lines --------------------------------------------------------------------------------
+        if not name.endswith("qkv.bias"):  # a key's bias has no gradient but rounding
+            assert close(value, expected[name], tolerance), name
 
 RUNS = [  # student, recipe, flags; @ is the folder of `trained`
     ("test_resnet:none", "three-heads", "--image-size=32 --rule=u"),
@@ -788,8 +721,8 @@ def test_command_lines_train_save_load_and_predict(student, recipe, flags, train
     assert list(found.phi) == list(rb.RECIPES[recipe].heads)
     assert model.class_names == ["ant", "bee"]
     assert not close(found.probabilities, original.softmax(-1), 1e-5)
-    head = model.heads["combined"]
-    tuned = sum(p.numel() for p in nn.ModuleList([model.shared, head]).parameters() if p.requires_grad)
+    one_head = nn.ModuleList([model.shared, model.heads["combined"]])
+    tuned = sum(p.numel() for p in one_head.parameters() if p.requires_grad)
     share = tuned / rb.count_parameters(model.backbone, model.original_top)
     printed = capsys.readouterr().out
     for text in (f"tuned {share:.1%}", "network ", "of 2 classes", f"--model {out}"):
@@ -822,8 +755,8 @@ DISTILLED = "--make-teacher=deit_tiny_distilled_patch16_224:none"
     ("--data=@/parts", "of folders"), ("--data=@/cows", "--teacher"),
     ("--data=@/cows --recipe=apt", "cow/0.png"), ("--teacher=", "--make-teacher"),
     ("--data=@/numbers --student=test-vit:none --recipe=apt", "no word"),
-    ("--teacher=@/no.pt", "--make-teacher"), ("--teacher=$/robust.pt", "is a plug-in; wanted"),
-    ("--student=$/robust.pt", "is a plug-in; wanted"), ("--student=@/no.pt", "no such file"),
+    ("--teacher=@/no.pt", "--make-teacher"), ("--teacher=$/robust.pt", "a plug-in"),
+    ("--student=$/robust.pt", "a plug-in"), ("--student=@/no.pt", "no such file"),
     ("--student=@/lite0.pth", "NAME:FILE"), ("--student=@/lite0.pt", "NAME:"),
     ("--student=test_vit:@/lite0.pth", "Missing key"), ("--student=test_resnet:@/no.pth", "no.pth"),
     ("--student=@/evil.pt", "evil.pt"), ("--student=test_resnet:@/evil.pth", "evil.pth"),
@@ -887,7 +820,7 @@ def photograph(size=32):
 @pytest.fixture(scope="session")
 def frost(tmp_path_factory):
     """Folder of five photos."""
-    photos = {f"frost{i}.png": photograph(240 + i).T.numpy().copy() for i in range(1, 6)}
+    photos = {f"frost{i}.png": photograph(240 + i).permute(1, 2, 0).numpy() for i in range(1, 6)}
     return str(write_images(tmp_path_factory.mktemp("frost"), photos))
 
 @pytest.mark.parametrize("name", ev.CORRUPTIONS)
@@ -979,7 +912,7 @@ def test_zoom_blur_of_a_line():
     found = ev.zoom_blur(torch.from_numpy(line).expand(3, n, n), stop=1.11, step=0.01)[0, 0]
     assert found.numpy() == pytest.approx(total / 13, abs=1e-4)
 
-# --- eval.py: folder kinds x model kinds ----------------------------------------------------------
+# --- eval.py: folders, models, tables --------------------------------------------------------------
 
 CLOCK, RADIO, BANANA = WNIDS[530], WNIDS[409], WNIDS[954]  # two outputs mean a clock
 FOLDERS = {"wnids": FISH, "numbers": ["1", "0", "2"], "names": ["ant", "bee"],
@@ -1003,11 +936,10 @@ def test_class_mapping(kind, tmp_path, monkeypatch):
     folder = "images" if kind == "objectnet" else "."
     write_images(tmp_path, {f"{folder}/{name}/0.png": BLANK for name in FOLDERS[kind]})
     if kind == "objectnet":
-        labels = {"z_clock": "Alarm clock", "box": "Box", "banana": "Banana"}
-        places = {"409": 0, "530": 0, "954": 1}
         (tmp_path / "mappings").mkdir()
-        for name, content in (("folder_to_objectnet_label", labels),
-                              ("imagenet_pytorch_id_to_objectnet_id", places)):
+        for name, content in (
+                ("folder_to_objectnet_label", {"z_clock": "A clock", "box": "Box", "banana": "B"}),
+                ("imagenet_pytorch_id_to_objectnet_id", {"409": 0, "530": 0, "954": 1})):
             (tmp_path / f"mappings/{name}.json").write_text(json.dumps(content))
     args = ev.parse(["--data", "x"])
     cell = ev.read_folder(str(tmp_path), "set", args)[0]
@@ -1032,8 +964,6 @@ def test_class_mapping(kind, tmp_path, monkeypatch):
         found = [{names[i] for i in outputs} for outputs in column.outputs.tolist()]
         assert found == [expected[name] for name in cell.classes], model
 
-# --- eval.py: layouts, metrics, views -------------------------------------------------------------
-
 @pytest.fixture
 def evaluate(tmp_path, capsys):
     """flags -> (exit code, {"COLUMN: PREDICTOR FOLDER/CORRUPTION/SEVERITY": accuracy}, {label: row}
@@ -1043,11 +973,9 @@ def evaluate(tmp_path, capsys):
         file.unlink(missing_ok=True)
         code = command(ev.run, ["--workers=0", "--json", file, *flags])
         found = {}
-        if file.is_file():
-            for cell in json.loads(file.read_text())["cells"]:
-                name = f"{cell['folder']}/{cell['corruption']}/{cell['severity']}"
-                for key, value in cell["accuracy"].items():
-                    found[f"{key} {name}".removesuffix("//0")] = value
+        for cell in json.loads(file.read_text())["cells"] if file.is_file() else []:
+            name = f"{cell['folder']}/{cell['corruption']}/{cell['severity']}".removesuffix("//0")
+            found.update({f"{key} {name}": value for key, value in cell["accuracy"].items()})
         output = capsys.readouterr()
         lines = [line.strip("| ").split("|") for line in output.out.splitlines()]
         table = {line[0].strip(): [word.strip() for word in line[1:]] for line in lines[::-1]}
@@ -1057,12 +985,10 @@ def evaluate(tmp_path, capsys):
 
 @pytest.fixture(scope="session")
 def plug_ins(trained, tmp_path_factory):
-    """data/, student.pt, teacher.pt, large.pt of 48 px; three.pt, apt.pt and seed.pt of student.pt,
-    whose heads disagree."""
+    """And large.pt of 48 px; three.pt, apt.pt and seed.pt of student.pt, whose heads disagree."""
     root = shutil.copytree(trained, tmp_path_factory.mktemp("plug_ins"), dirs_exist_ok=True)
     shutil.copytree(root / "data/train", root / "data/val")
-    flags = make_teacher(root, root / "large.pt") + ["--image-size=48"]
-    assert command(rb.run, flags) == 0
+    command(rb.run, make_teacher(root, root / "large.pt") + ["--image-size=48"])
     for name, settings in (("three", {}), ("seed", {"seed": 1}), ("apt", {"recipe": "apt"})):
         config = rb.Config(student=str(root / "student.pt"), teacher=str(root / "teacher.pt"),
                            dropout=0.3, **settings)
@@ -1086,6 +1012,11 @@ def test_layouts_of_published_corruptions(plug_ins, evaluate, tmp_path):
     assert evaluate(*student, whole / "fog", "--limit", 2)[2]["fog"] == ["66.7"]
     assert evaluate(*student, whole / "fog/3")[1]["student: prediction 3/fog/3"] == 0
     assert "already" in evaluate(*student, whole / "fog", "--corrupt", "fog")[3]
+    broken = whole / "fog/2/bee/3.png"
+    broken.write_bytes(b"broken")  # what was measured before it stays in --json
+    code, found, _, text = evaluate(*student, whole / "fog")
+    assert code == 2 and str(broken) in text
+    assert "student: prediction fog/fog/1" in found and "student: prediction fog/fog/2" not in found
     shutil.copytree(whole / "fog", whole / "weather/fog")
     assert "same corruption" in evaluate(*student, whole)[3]
 
@@ -1132,57 +1063,20 @@ def test_views(size, made_at, plug_ins, tmp_path):
     student = rb.load(plug_ins / "three.pt")
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     path = write_images(tmp_path, {"0.png": pixels}) / "0.png"
-    cells = [ev.Cell("set", [], [(path, 0)], *which) for which in (
-        (), ("contrast", 2), ("contrast", 2, True))]
-    args = ev.parse(["--data", "x"])
-    clean, made, published = [item[0] for item in ev.Views(cells, {32, 48}, args)]
+    cells = [ev.Cell("set", [], [(path, 0)], "contrast", 2, published) for published in (0, 1)]
+    cells.append(ev.Cell("set", [], [(path, 0)]))
+    made, published, clean = [item[0] for item in ev.Views(cells, {32, 48}, mock.Mock(seed=0))]
+    image = rb.read_image(path)
     for student.size in (32, 48):
         assert torch.equal(clean[student.size] / 255, student.preprocess(Image.open(path)))
-    image = rb.read_image(path)
     assert torch.equal(made[0], ev.corrupt(rb.centre_view(image, made_at), "contrast", 2))
-    if size[0] == size[1]:
-        assert torch.equal(published[0], image)
-    else:
-        assert torch.equal(published[48], clean[48])
-
-# --- eval.py: real networks -----------------------------------------------------------------------
+    assert torch.equal(published.get(0, image), image)
+    assert (0 in published) == (size[0] == size[1])
 
 @torch.no_grad()
-def test_every_predictor(plug_ins, evaluate):
-    """One pass over all columns against each model alone."""
-    _, found, table, _ = evaluate("--data", plug_ins / "data", "--average", "--alpha", 0, 0.5, 1,
-                                  "--model", plug_ins / "three.pt", plug_ins / "student.pt",
-                                  "test-vit:none")
-    pixels, labels = images_and_labels(plug_ins / "data/val")
-    expected = {}
-    answers = []
-    for alpha in (0.0, 0.5, 1.0):
-        one = rb.load(plug_ins / "three.pt", alpha=alpha).predict(pixels)
-        right = {f"{head} head": phi.argmax(-1) == labels for head, phi in one.phi.items()}
-        right["prediction"] = right["selected"] = one.probabilities.argmax(-1) == labels
-        right["oracle"] = right["clean head"] | right["unclean head"]
-        right["clean head chosen"] = one.head == 0
-        expected.update({f"three alpha {alpha:g}: {key}": value for key, value in right.items()})
-        answers.append(one.probabilities)
-    answers.append(rb.load_network(str(plug_ins / "student.pt"))(pixels).softmax(-1))
-    clip = rb.load_network("test-vit:none")
-    rb.set_classes(clip, ["ant", "bee"], *rb.embed_text(clip.text, ["ant", "bee"]))
-    answers.append(clip(pixels).softmax(-1))
-    for name, p in (("student", answers[-2]), ("original of three", answers[-2]),
-                    ("test-vit:none", answers[-1]), ("average", sum(answers))):
-        expected[f"{name}: prediction"] = p.argmax(-1) == labels
-    for key, right in expected.items():
-        assert found[f"{key} data"] == pytest.approx(right.float().mean().item()), key
-    assert "+-" in table["student minus three alpha 0"][0]
-
-def test_company_changes_no_score(plug_ins, evaluate, monkeypatch):
-    """Of models of several sizes, nor of plug-ins, for which M_b runs once."""
+def test_every_predictor(plug_ins, evaluate, monkeypatch):
+    """One pass over models of several sizes against each alone; M_b runs once for all plug-ins."""
     monkeypatch.chdir(plug_ins)
-    files = ["three.pt", "seed.pt", "apt.pt", "large.pt"]
-    flags = ["--data", "data", "--corrupt", "fog", "--batch-size=48", "--model"]
-    alone = {}
-    for file in files:
-        alone.update(evaluate(*flags, file)[1])
     columns = []
     load_columns = ev.load_columns
 
@@ -1193,22 +1087,36 @@ def test_company_changes_no_score(plug_ins, evaluate, monkeypatch):
         return columns
 
     monkeypatch.setattr(ev, "load_columns", spy)
-    found = evaluate(*flags, *files)[1]
-    assert {key: alone[key] for key in found} == found
-    names = ["original of three", "three", "seed", "apt", "large"]
-    assert [column.name for column in columns] == names
-    calls = [column.model.backbone.forward.call_count for column in columns if column.group]
-    assert calls[:3] == [3, 3, 3]  # sixteen images, six cells each, clean and corrupted apart
-
-def test_what_was_measured_stays(plug_ins, evaluate, tmp_path):
-    """A broken image: the cells before are in --json."""
-    for severity in (1, 2):
-        shutil.copytree(plug_ins / "data/val", tmp_path / f"c/fog/{severity}")
-    broken = tmp_path / "c/fog/2/bee/3.png"
-    broken.write_bytes(b"broken")
-    code, found, _, text = evaluate("--model", plug_ins / "apt.pt", "--data", tmp_path / "c")
-    assert code == 2 and str(broken) in text
-    assert "apt: prediction c/fog/1" in found and "apt: prediction c/fog/2" not in found
+    networks = ["student.pt", "large.pt", "test-vit:none"]
+    _, found, table, _ = evaluate("--data", "data", "--average", "--alpha", 0, 0.5, 1, "--model",
+                                  "three.pt", "seed.pt", "apt.pt", *networks)
+    images, labels = images_and_labels(plug_ins / "data/val")
+    expected = {}
+    answers = []
+    for name, alpha in product(("three", "seed", "apt"), (0.0, 0.5, 1.0)):
+        one = rb.load(f"{name}.pt", alpha=alpha).predict(images)
+        right = {f"{head} head": phi.argmax(-1) == labels for head, phi in one.phi.items()}
+        right["prediction"] = one.probabilities.argmax(-1) == labels
+        if name != "apt":
+            right["selected"] = right["prediction"]
+            right["oracle"] = right["clean head"] | right["unclean head"]
+            right["clean head chosen"] = one.head == 0
+        expected.update({f"{name} alpha {alpha:g}: {key}": row for key, row in right.items()})
+        answers.append(one.probabilities)
+    for name in networks:
+        network = rb.load_network(name)
+        if network.text:
+            rb.set_classes(network, ["ant", "bee"], *rb.embed_text(network.text, ["ant", "bee"]))
+        x = torch.stack([rb.centre_view((255 * image).byte(), network.size) for image in images])
+        answers.append(network(x / 255).softmax(-1))
+        expected[f"{name.removesuffix('.pt')}: prediction"] = answers[-1].argmax(-1) == labels
+    expected["original of three: prediction"] = expected["student: prediction"]
+    expected["average: prediction"] = sum(answers).argmax(-1) == labels
+    for key, right in expected.items():
+        assert found[f"{key} data"] == pytest.approx(right.float().mean().item()), key
+    assert "+-" in table["student minus three alpha 0"][0]
+    calls = {column.model.backbone.forward.call_count for column in columns if column.group}
+    assert calls == {1} and [c.name for c in columns if c.is_original] == ["original of three"]
 
 def test_cost_transfer_and_plot(plug_ins, evaluate, tmp_path):
     """Of each recipe; a probe on what the original gives and what was tuned; a picture is drawn."""
