@@ -937,7 +937,7 @@ def check(args):
         if [template.count(part) for part in ("{}", "{", "}")] != [1, 1, 1]:
             raise Refusal(f"--templates {template}: needs one {{}} for the class")
     photos = list(Path(args.frost or "no folder").glob("frost[1-5].*"))
-    if ("frost" in args.corrupt, len(photos)) not in ((False, 0), (True, 5)):
+    if bool(args.frost) != ("frost" in args.corrupt) or (args.frost and len(photos) != 5):
         raise Refusal("--corrupt frost: goes with --frost, a folder of the photos frost1 to frost5")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise Refusal("--plot: needs matplotlib; pip install matplotlib")

@@ -3,6 +3,7 @@
 import colorsys
 import copy
 import doctest
+import importlib.util
 import io
 import json
 import math
@@ -44,6 +45,10 @@ FLAGS = ["--workers=0", "--epochs=1", "--batch-size=8", "--lr=1e-2"]
 
 def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+def table(text):
+    """Rows of cells: a row ends at |, a cell at ->."""
+    return [row.split(" -> ") for row in " ".join(text.split()).split(" | ")]
 
 def close(found, expected, atol=1e-6):
     return torch.allclose(found, expected, atol=atol)
@@ -89,8 +94,8 @@ def networks(net, size, seed=0):
     bare = copy.deepcopy(randomise(net, seed))
     classifier = bare.get_classifier()
     bare.reset_classifier(0)
-    mean, std = MEAN.flatten().tolist(), STD.flatten().tolist()
-    return rb.Network("tiny", bare, classifier, size, mean, std), net
+    looks = [values.flatten().tolist() for values in (MEAN, STD)]
+    return rb.Network("tiny", bare, classifier, size, *looks), net
 
 def make_network(seed=0):
     """A narrow ResNet of four blocks and four classes."""
@@ -120,7 +125,6 @@ def own_modules(inplace=False):
     return [randomise(module) for module in (backbone, shared, head)]
 
 def states_equal(one, other):
-    """Whether two dictionaries of tensors agree to the bit."""
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 class Examples(torch.utils.data.TensorDataset):
@@ -149,8 +153,9 @@ def clips(tmp_path_factory):
     """Two tiny CLIPs that open_clip knows by name."""
     folder = tmp_path_factory.mktemp("clips")
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    for name, tower in (("test-vit", {"image_size": 32, "layers": 3, "width": 64, "patch_size": 16}),
-                        ("test-rn", {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8})):
+    vit = {"image_size": 32, "layers": 3, "width": 64, "patch_size": 16}
+    resnet = {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8}
+    for name, tower in (("test-vit", vit), ("test-rn", resnet)):
         content = {"embed_dim": 32, "vision_cfg": {**tower, "head_width": 32}, "text_cfg": text}
         (folder / f"{name}.json").write_text(json.dumps(content))
     open_clip.add_model_config(folder)
@@ -162,11 +167,11 @@ def trained(tmp_path_factory):
     make_folder(root / "data")
     assert command(rb.run, make_teacher(root, root / "teacher.pt")) == 0
     student = make_teacher(root, root / "student.pt", "test_vit:none")
-    assert command(rb.run, student + ["--epochs=4", "--augment=none"]) == 0  # never in the wrong
+    assert command(rb.run, student + ["--epochs=4", "--augment=none"]) == 0  # it is always right
     assert command(rb.run, robustify(root, root / "robust.pt")) == 0
     return root
 
-# --- robustify.py: split, loss, heads, classifiers -------------------------------------------------
+# --- robustify.py: split, loss, heads, classifiers ------------------------------------------------
 
 TIMM = {  # name: (name of timm, size, arguments)
     "ViT": ("vit_tiny_patch16_224", 32, TINY),
@@ -214,8 +219,7 @@ def test_cut_is_the_best(fraction, head_blocks):
     for first in range(3 - head_blocks + 1):
         choices.append(sum(n for name, n in sizes.items() if not name.startswith(frozen)))
         frozen += (f"net.blocks.{first}.",)
-    config = rb.Config(fraction=fraction, head_blocks=head_blocks, recipe="apt")
-    student = rb.cut(network, config)
+    student = rb.cut(network, rb.Config(recipe="apt", fraction=fraction, head_blocks=head_blocks))
     tuned = sum(p.numel() for p in student.parameters() if p.requires_grad)
     assert tuned == min(choices, key=lambda n: abs(n / choices[0] - fraction))
     assert len(student.heads["combined"].body) == head_blocks + 1  # and the pool
@@ -494,7 +498,7 @@ def test_where_a_classifier_comes_from(known, names, flags, becomes, monkeypatch
         assert close(weight, embed(names)[1])
         assert weight.requires_grad != ("zero_shot" in flags)
 
-# --- robustify.py: data, files, processes, command lines -------------------------------------------
+# --- robustify.py: data, files, processes, command lines ------------------------------------------
 
 def views_of(trained, **settings):
     """TrainingViews of sixteen images at 32 px."""
@@ -505,7 +509,7 @@ def views_of(trained, **settings):
 
 @pytest.mark.parametrize("augment", ["augmix+deepaugment", "augmix+pixmix"])
 def test_views_depend_on_seed_epoch_and_index_alone(augment, trained, monkeypatch):
-    """Two processes share each step."""
+    """Whatever the workers; more processes than images are refused."""
     views = views_of(trained, augment=augment, seed=3)
     expected = torch.stack([views[i][0] for i in range(16)])
     for workers in (0, 2):
@@ -548,7 +552,8 @@ def test_noise2net_has_its_published_strength():
     (0.125, 0.5, 0.5, 3.0, True, 0.25), (0.25, 0.125, 1.0, -0.5, True, 0.5),
     (0.5, 0.0, 1.0, -0.5, True, 1.0)])
 def test_pixmix_by_hand(x, y, a, b, multiply, expected):
-    assert rb.mix(torch.tensor(x), torch.tensor(y), a, b, multiply).item() == pytest.approx(expected)
+    found = rb.mix(torch.tensor(x), torch.tensor(y), a, b, multiply)
+    assert found.item() == pytest.approx(expected)
 
 @pytest.mark.parametrize("form", ["plain", "state_dict", "state_dict_ema", "module."])
 @torch.no_grad()
@@ -689,25 +694,25 @@ def test_two_processes_equal_one(part, classes, tolerance, trained, tmp_path):
         if not name.endswith("qkv.bias"):  # a key's bias has no gradient but rounding
             assert close(value, expected[name], tolerance), name
 
-RUNS = [  # student, recipe, flags; @ is the folder of `trained`
-    ("test_resnet:none", "three-heads", "--image-size=32 --rule=u"),
-    ("test_efficientnet:none", "three-heads", "--image-size=48 --fraction=0.5"),
-    ("test-vit:none", "three-heads", "--zero-shot --augment=pixmix --mixing=@/data"),
-    ("test-rn:none", "combined-head", "--augment=augmix+pixmix --mixing=@/data"),
-    ("@/student.pt", "single-teacher", "--head-blocks=2 --fraction=0.9"),
-    ("@/student.pt", "apt", "--augment=none --limit=5"), ("test-vit:none", "apt", "--head-blocks=0"),
-    ("test-rn:none", "lp", ""), ("@/student.pt", "vpt", ""), ("test-vit:none", "vpt", "--prompts=3"),
-    ("test_efficientnet:none", "ft", "--image-size=32"), ("test-rn:none", "ft", "--zero-shot"),
-    ("test_vit:none", "ft-augmented", "--image-size=48"), ("@/student.pt", "wise-ft", ""),
-    ("test-vit:none", "wise-ft", ""), ("test-rn:none", "wise-ft-lc", "")]
+RUNS = """
+    test_resnet:none three-heads --image-size=32 --rule=u |
+    test_efficientnet:none three-heads --image-size=48 --fraction=0.5 |
+    test-vit:none three-heads --zero-shot --augment=pixmix --mixing=@/data |
+    test-rn:none combined-head --augment=augmix+pixmix --mixing=@/data |
+    @/student.pt single-teacher --head-blocks=2 --fraction=0.9 |
+    @/student.pt apt --augment=none --limit=5 | test-vit:none apt --head-blocks=0 |
+    test-rn:none lp | @/student.pt vpt | test-vit:none vpt --prompts=3 |
+    test_efficientnet:none ft --image-size=32 | test-rn:none ft --zero-shot |
+    test_vit:none ft-augmented --image-size=48 | @/student.pt wise-ft | test-vit:none wise-ft |
+    test-rn:none wise-ft-lc"""  # student, recipe, flags; @ is the folder of `trained`
 
-@pytest.mark.parametrize("student, recipe, flags", RUNS)
-def test_command_lines_train_save_load_and_predict(student, recipe, flags, trained, tmp_path,
-                                                   capsys):
+@pytest.mark.parametrize("words", table(RUNS))
+def test_command_lines_train_save_load_and_predict(words, trained, tmp_path, capsys):
     """One head predicts by one ordinary pass, and is at alpha 0 the original, to the bit; between
-    them the weights are interpolated (WiSE-FT). Prompts make a small plug-in without alpha."""
+    them the weights are interpolated (WiSE-FT). Prompts make a small plug-in."""
     out = tmp_path / "out.pt"
-    flags = f"--student={student} --recipe={recipe} {flags}".replace("@", str(trained)).split()
+    student, recipe, *flags = words[0].replace("@", str(trained)).split()
+    flags += ["--student", student, "--recipe", recipe]
     assert command(rb.run, robustify(trained, out) + flags) == 0
     assert list(tmp_path.iterdir()) == [out]
     model = rb.load(out)
@@ -732,8 +737,6 @@ def test_command_lines_train_save_load_and_predict(student, recipe, flags, train
         assert found.uncertainty.tolist() == [0] * 5
     if recipe == "vpt":
         assert out.stat().st_size < 60_000
-        with pytest.raises(rb.Refusal, match="alpha"):
-            rb.load(out, alpha=0.5)
         return
     zero = rb.load(out, alpha=0)
     if len(logits) == 1:
@@ -742,57 +745,58 @@ def test_command_lines_train_save_load_and_predict(student, recipe, flags, train
         expected = 0.75 * zero.state_dict()[name] + 0.25 * model.state_dict()[name]
         assert close(value.float(), expected.float()), name
 
+def times_in(*folders):
+    return {path: path.stat().st_mtime for folder in folders for path in folder.rglob("*")}
+
 class Evil(str):
     """Unpickling it makes the folder of this name."""
     def __reduce__(self):
         return os.mkdir, (str(self),)
 
-DISTILLED = "--make-teacher=deit_tiny_distilled_patch16_224:none"
+REFUSALS = """
+    --data=@/nowhere -> nowhere | --data=@/flat -> needs images | --data=@/one -> one class |
+    --data=@/hidden -> one class | --data=@/empty -> bee | --data=@/deep -> of folders |
+    --data=@/parts -> of folders | --data=@/cows -> --teacher |
+    --data=@/cows --recipe=apt -> cow/0.png | --teacher= -> --make-teacher |
+    --data=@/numbers --student=test-vit:none --recipe=apt -> no word |
+    --teacher=@/no.pt -> --make-teacher | --teacher=$/robust.pt -> a plug-in |
+    --student=$/robust.pt -> a plug-in | --student=@/no.pt -> no such file |
+    --student=@/lite0.pth -> NAME:FILE | --student=@/lite0.pt -> NAME: |
+    --student=test_vit:@/lite0.pth -> Missing key | --student=test_resnet:@/no.pth -> no.pth |
+    --student=@/evil.pt -> evil.pt | --student=test_resnet:@/evil.pth -> evil.pth |
+    --student=resnet1 -> resnet1 | --student=hf-hub:timm/resnet18 -> no name of |
+    --student=test_resnet:a1 -> tags follow a dot | --student=test-vit:tag -> tag |
+    --student=test_convnext:none -> timm ConvNeXt |
+    --student=test_resnet:none --image-size=32 --recipe=vpt -> timm ResNet |
+    --student=test_vit:none --image-size=4 -> test_vit:none | --zero-shot -> no text encoder |
+    --zero-shot --recipe=lp -> --recipe lp | --augment=none -> augmented | --dropout=0 -> dropout |
+    --augment=pixmix -> --mixing | --augment=mixup -> augmix+pix | --recipe=ours -> three-heads |
+    --rule=best -> kl-u | --wings -> --wings | --epochs=0 -> --epochs | --passes=ten -> --passes |
+    --seed=-1 -> --seed | --make-teacher=test_vit:none -> --student or --make-teacher |
+    --student= --teacher= -> --student or |
+    --student= --make-teacher=deit_tiny_distilled_patch16_224:none -> deit_tiny_distilled |
+    --out=@ -> --out | --out=@/robust.pth -> NAME.pt | --out=@/no/out.pt -> --out |
+    --out=$/student.pt -> --out | --out=$/data/../teacher.pt -> --out |
+    --batch-size=0 -> --batch-size | --resume --out=$/robust.pt -> is finished"""  # @ is the test's folder, $ that of `trained`
 
-@pytest.mark.parametrize("flags, part", [  # @ is the test's folder, $ that of `trained`
-    ("--data=@/nowhere", "nowhere"), ("--data=@/flat", "needs images"), ("--data=@/one", "one class"),
-    ("--data=@/hidden", "one class"), ("--data=@/empty", "bee"), ("--data=@/deep", "of folders"),
-    ("--data=@/parts", "of folders"), ("--data=@/cows", "--teacher"),
-    ("--data=@/cows --recipe=apt", "cow/0.png"), ("--teacher=", "--make-teacher"),
-    ("--data=@/numbers --student=test-vit:none --recipe=apt", "no word"),
-    ("--teacher=@/no.pt", "--make-teacher"), ("--teacher=$/robust.pt", "a plug-in"),
-    ("--student=$/robust.pt", "a plug-in"), ("--student=@/no.pt", "no such file"),
-    ("--student=@/lite0.pth", "NAME:FILE"), ("--student=@/lite0.pt", "NAME:"),
-    ("--student=test_vit:@/lite0.pth", "Missing key"), ("--student=test_resnet:@/no.pth", "no.pth"),
-    ("--student=@/evil.pt", "evil.pt"), ("--student=test_resnet:@/evil.pth", "evil.pth"),
-    ("--student=resnet1", "resnet1"), ("--student=hf-hub:timm/resnet18", "no name of"),
-    ("--student=test_resnet:a1", "tags follow a dot"), ("--student=test-vit:tag", "tag"),
-    ("--student=test_convnext:none", "timm ConvNeXt"),
-    ("--student=test_resnet:none --image-size=32 --recipe=vpt", "timm ResNet"),
-    ("--student=test_vit:none --image-size=4", "test_vit:none"), ("--zero-shot", "no text encoder"),
-    ("--zero-shot --recipe=lp", "--recipe lp"), ("--augment=none", "augmented"),
-    ("--dropout=0", "dropout"), ("--augment=pixmix", "--mixing"), ("--augment=mixup", "augmix+pix"),
-    ("--recipe=ours", "three-heads"), ("--rule=best", "kl-u"), ("--wings", "--wings"),
-    ("--epochs=0", "--epochs"), ("--passes=ten", "--passes"), ("--seed=-1", "--seed"),
-    ("--make-teacher=test_vit:none", "--student or --make-teacher"),
-    ("--student= --teacher=", "--student or"), (f"--student= {DISTILLED}", "deit_tiny_distilled"),
-    ("--out=@", "--out"), ("--out=@/robust.pth", "NAME.pt"), ("--out=@/no/out.pt", "--out"),
-    ("--out=$/student.pt", "--out"), ("--out=$/data/../teacher.pt", "--out"),
-    ("--batch-size=0", "--batch-size"), ("--resume --out=$/robust.pt", "is finished")])
+@pytest.mark.parametrize("flags, part", table(REFUSALS))
 def test_refusals_are_one_line(flags, part, trained, tmp_path, capsys):
     """On stderr, with exit code 2; nothing is left behind, and no code in a file runs."""
-    files = ("flat/0", "one/train/ant/0", "hidden/ant/0", "hidden/.bee/0", "empty/ant/0",
-             "deep/ant/red/0", "deep/bee/red/0", "deep/bee/big/0", "parts/Train/ant/0",
-             "parts/Train/bee/0", "parts/Test/ant/0", "cows/cow/0", "cows/dog/0", "numbers/0/0",
-             "numbers/1/0")
-    write_images(tmp_path, dict.fromkeys([f"{file}.png" for file in files], BLANK))
+    files = """flat one/train/ant hidden/ant hidden/.bee empty/ant deep/ant/red deep/bee/red
+        deep/bee/big parts/Train/ant parts/Train/bee parts/Test/ant cows/cow cows/dog numbers/0
+        numbers/1"""
+    write_images(tmp_path, {f"{file}/0.png": BLANK for file in files.split()})
     (tmp_path / "empty/bee").mkdir()
     (tmp_path / "cows/cow/0.png").write_bytes(b"broken")
     for end in (".pt", ".pth"):
         torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / f"lite0{end}")
         torch.save({"kind": "network", "x": Evil(tmp_path / "trap")}, tmp_path / f"evil{end}")
-    before = {path: path.stat().st_mtime for path in [*tmp_path.rglob("*"), *trained.rglob("*")]}
+    before = times_in(tmp_path, trained)
     flags = flags.replace("@", str(tmp_path)).replace("$", str(trained)).split()
     assert command(rb.run, robustify(trained, tmp_path / "out.pt") + flags) == 2
     *bars, line = capsys.readouterr().err.splitlines()
     assert line.startswith("robustify.py: ") and part in line
-    after = {path: path.stat().st_mtime for path in [*tmp_path.rglob("*"), *trained.rglob("*")]}
-    assert after == before
+    assert times_in(tmp_path, trained) == before
 
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU")
 def test_gpu(trained, tmp_path):
@@ -800,8 +804,9 @@ def test_gpu(trained, tmp_path):
     out, record = tmp_path / "out.pt", tmp_path / "out.json"
     measure = ["eval.py", "--data", trained / "data/train", "--model", out, "--json", record]
     for words in (["robustify.py"] + robustify(trained, out), measure):
-        subprocess.run([sys.executable] + [str(word) for word in words], check=True,
-                       cwd=Path(rb.__file__).parent, env={**os.environ, "CUDA_VISIBLE_DEVICES": GPUS})
+        words = [sys.executable] + [str(word) for word in words]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": GPUS}
+        subprocess.run(words, check=True, cwd=Path(rb.__file__).parent, env=environment)
     pixels, labels = images_and_labels(trained / "data/train")
     expected = (rb.load(out)(pixels).argmax(-1) == labels).float().mean().item()
     found = json.loads(record.read_text())["cells"][0]["accuracy"]["out: prediction"]
@@ -912,7 +917,7 @@ def test_zoom_blur_of_a_line():
     found = ev.zoom_blur(torch.from_numpy(line).expand(3, n, n), stop=1.11, step=0.01)[0, 0]
     assert found.numpy() == pytest.approx(total / 13, abs=1e-4)
 
-# --- eval.py: folders, models, tables --------------------------------------------------------------
+# --- eval.py: folders, models, tables -------------------------------------------------------------
 
 CLOCK, RADIO, BANANA = WNIDS[530], WNIDS[409], WNIDS[954]  # two outputs mean a clock
 FOLDERS = {"wnids": FISH, "numbers": ["1", "0", "2"], "names": ["ant", "bee"],
@@ -1016,7 +1021,7 @@ def test_layouts_of_published_corruptions(plug_ins, evaluate, tmp_path):
     broken.write_bytes(b"broken")  # what was measured before it stays in --json
     code, found, _, text = evaluate(*student, whole / "fog")
     assert code == 2 and str(broken) in text
-    assert "student: prediction fog/fog/1" in found and "student: prediction fog/fog/2" not in found
+    assert {key.split("/")[-1] for key in found} == {"1"}
     shutil.copytree(whole / "fog", whole / "weather/fog")
     assert "same corruption" in evaluate(*student, whole)[3]
 
@@ -1120,42 +1125,44 @@ def test_every_predictor(plug_ins, evaluate, monkeypatch):
 
 def test_cost_transfer_and_plot(plug_ins, evaluate, tmp_path):
     """Of each recipe; a probe on what the original gives and what was tuned; a picture is drawn."""
-    pytest.importorskip("matplotlib")
-    code, _, table, text = evaluate(
-        "--cost", "--transfer", plug_ins / "data", "--plot", tmp_path / "plot.png", "--data",
-        plug_ins / "data", "--corrupt", "contrast", "--severity", 1, 5, "--model",
-        plug_ins / "three.pt", plug_ins / "student.pt")
+    data, picture = plug_ins / "data", tmp_path / "plot.png"
+    draws = importlib.util.find_spec("matplotlib") is not None
+    _, _, table, _ = evaluate("--cost", "--transfer", data, *["--plot", picture] * draws, "--data",
+                              data, "--corrupt", "contrast", "--severity", 1, 5, "--model",
+                              plug_ins / "three.pt", plug_ins / "student.pt")
+    assert picture.exists() == draws
     steps = {recipe: float(table[f"training step, {recipe}"][1]) for recipe in rb.RECIPES}
     assert 0.99 < steps["lp"] < steps["apt"] < steps["three-heads"] < steps["ft"] < 3.1
     assert 1 < float(table["inference, three-heads"][1]) < 2
     assert table["three, original"][0] == table["student, original"][0]
     assert float(table["three, tuned"][0]) > 90 and "+-" in table["three, tuned"][1]
-    assert min(Image.open(tmp_path / "plot.png").size) > 300
 
-@pytest.mark.parametrize("flags, part", [  # @ is the test's folder; later flags win
-    ("--data @/nowhere", "nowhere"), ("--data @/cows", "cow"), ("--data @/levels", "levels"),
-    ("--data @/objectnet", "mappings"), ("--data", "--data"), ("--model no.pt", "no.pt"),
-    ("--model @/apt.pt @/./apt.pt", "same"), ("--model test_resnet:@/no.pth", "no.pth"),
-    ("--model @/apt.pt --rule u", "one head"), ("--corrupt rain", "rain"), ("--wings", "--wings"),
-    ("--corrupt frost", "--frost"), ("--frost @/cows", "--frost"), ("--severity 6", "--severity"),
-    ("--frost @/cows --corrupt frost", "frost"), ("--limit -1", "below 0"), ("--alpha 2", "--alpha"),
-    ("--templates photo", "--templates"), ("--templates {x}{}", "--templates"),
-    ("--templates {}", "--templates"), ("--passes 0", "--passes"), ("--alpha 0.5", "--alpha"),
-    ("--rule u", "--rule"), ("--image-size 64", "--image-size"), ("--json @", "json"),
-    ("--json @/student.pt", "student.pt"), ("--json @/data/out.json", "out.json"),
-    ("--plot @/student.pt", "student.pt"), ("--cost", "--cost"), ("--transfer @/data", "train")])
+REFUSED = """
+    --data @/nowhere -> nowhere | --data @/cows -> cow | --data @/levels -> levels |
+    --data @/objectnet -> mappings | --data -> --data | --model no.pt -> no.pt |
+    --model @/apt.pt @/./apt.pt -> same | --model test_resnet:@/no.pth -> no.pth |
+    --model @/apt.pt --rule u -> one head | --corrupt rain -> rain | --wings -> --wings |
+    --corrupt frost -> --frost | --frost @/cows -> --frost | --severity 6 -> --severity |
+    --frost @/cows --corrupt frost -> frost | --limit -1 -> below 0 | --alpha 2 -> --alpha |
+    --templates photo -> --templates | --templates {x}{} -> --templates |
+    --templates {} -> --templates | --passes 0 -> --passes | --alpha 0.5 -> --alpha |
+    --rule u -> --rule | --image-size 64 -> --image-size | --json @ -> json |
+    --json @/student.pt -> student.pt | --json @/data/out.json -> out.json |
+    --plot @/student.pt -> student.pt | --cost -> --cost | --transfer @/data -> train"""  # @ is the test's folder; later flags win
+
+@pytest.mark.parametrize("flags, part", table(REFUSED))
 def test_refusals_come_before_the_first_image(flags, part, plug_ins, tmp_path, monkeypatch, capsys):
     """One line on stderr, exit code 2, nothing read and nothing written."""
-    folders = ("cows/ant", "cows/cow", "data/val/ant", "data/val/bee", "objectnet/images/ant",
-               "levels/fog/ant", "levels/snow/ant")
-    write_images(tmp_path, dict.fromkeys([f"{folder}/0.png" for folder in folders], BLANK))
+    folders = """cows/ant cows/cow data/val/ant data/val/bee objectnet/images/ant levels/fog/ant
+        levels/snow/ant"""
+    write_images(tmp_path, {f"{folder}/0.png": BLANK for folder in folders.split()})
     (tmp_path / "objectnet/mappings").mkdir()
     for name in ("student.pt", "apt.pt"):
         shutil.copy(plug_ins / name, tmp_path)
     monkeypatch.setattr(ev, "read_image", None)
-    before = {path: path.stat().st_mtime for path in tmp_path.rglob("*")}
+    before = times_in(tmp_path)
     given = f"--data @/data --model @/student.pt --json @/out.json {flags}"
     assert command(ev.run, given.replace("@", str(tmp_path)).split()) == 2
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("eval.py: ") and part in line
-    assert {path: path.stat().st_mtime for path in tmp_path.rglob("*")} == before
+    assert times_in(tmp_path) == before
