@@ -325,6 +325,9 @@ def load_columns(args):
         elif network.text is None:
             raise Refusal(f"--model {path}: has no classifier; --recipe lp fits one")
         columns.append(Column(name, network, network.class_names))
+    originals = [column for column in columns if column.is_original]
+    if len(originals) == 1:
+        originals[0].name = "original"
     if (args.alpha or args.rule or args.passes or args.cost) and not known:
         raise Refusal("--alpha, --rule, --passes, --cost: for plug-ins, and none is among --model")
     if args.templates and all(column.model.text is None for column in columns):
@@ -371,7 +374,7 @@ def short_names(flag, paths):
     parts = [Path(path).absolute().parts for path in paths]
     for suffix, length in itertools.product((".pt", ""), range(1, 100)):
         names = ["/".join(part[-length:]).removesuffix(suffix) for part in parts]
-        if len(set(names)) == len(names) and "average" not in names:
+        if len(set(names)) == len(names) and not {"average", "original"} & set(names):
             return names
     raise Refusal(f"{flag}: two of {', '.join(paths)} are the same")
 
@@ -390,11 +393,10 @@ def accuracy(cells, key):
 
 def in_mean(folder):
     """The corrupted cells that count: not those for tuning, where the fifteen are there too."""
-    corrupted = [cell for cell in folder if cell.corruption]
-    fifteen = [cell for cell in corrupted if cell.corruption in ALEXNET]
+    fifteen = [cell for cell in folder if cell.corruption in ALEXNET]
     if len({cell.corruption for cell in fifteen}) >= 14:
         return fifteen
-    return corrupted
+    return [cell for cell in folder if cell.corruption]
 
 def summary(folder, keys):
     """Rows [label, accuracy for each key]: clean images, corruptions, severities, their mean."""
@@ -921,7 +923,8 @@ def parse(arguments):
         raise Refusal("demo/: no such folder; make it with: python robustify.py")
     if args.corrupt == []:
         args.corrupt = [name for name in ALEXNET if args.frost or name != "frost"]
-        print(f"{len(args.corrupt)} of the fifteen corruptions; frost needs --frost, mCE all")
+        if not args.frost:
+            print("fourteen of the fifteen corruptions; frost, and with it mCE, needs --frost")
     args.corrupt = list(dict.fromkeys(args.corrupt or []))
     args.severity = sorted(set(args.severity))
     return args
@@ -930,9 +933,6 @@ def check(args):
     """Raises Refusal where the settings cannot be."""
     if not (args.data or args.transfer or args.cost) or robustify.PROCESSES > 1:
         raise Refusal("give --data, --transfer or --cost, or nothing for the demo; in one process")
-    at_least_0 = [args.workers, args.seed, args.limit, args.image_size] + args.alpha
-    if min([args.batch_size] + args.passes) < 1 or min(at_least_0) < 0 or max(args.alpha + [0]) > 1:
-        raise Refusal("--batch-size, --passes: from 1; --alpha: from 0 to 1; no number below 0")
     for template in args.templates:
         if [template.count(part) for part in ("{}", "{", "}")] != [1, 1, 1]:
             raise Refusal(f"--templates {template}: needs one {{}} for the class")
