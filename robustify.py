@@ -749,8 +749,7 @@ def all_features(network, views):
     if PROCESSES > 1:
         everyone = [None] * PROCESSES
         torch.distributed.all_gather_object(everyone, found)
-    pairs = [pair for part in everyone for pair in part]
-    return [torch.cat(column).to(DEVICE) for column in zip(*pairs)]
+    return [torch.cat(column).to(DEVICE) for column in zip(*sum(everyone, []))]
 
 def linear_probe(features, labels, classifier, weight_decay=1e-4):
     """Fits `classifier` in place to features (n, D) and labels (n,) by L-BFGS: mean cross-entropy,
@@ -1033,13 +1032,14 @@ def read_file(path, kind=""):
     if not Path(path).is_file():
         raise Refusal(f"{path}: no such file; for a teacher: --make-teacher NAME --out {path}")
     try:
-        damaged = zipfile.ZipFile(path).testzip()
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content["kind"]
     except Exception as error:  # a broken file may raise anything
-        raise Refusal(f"{path}: broken, with code in it, or weights (NAME:{path})") from error
-    if damaged or kind not in ("", found):
-        raise Refusal(f"{path}: a {found}, damaged: {bool(damaged)}; expected a {kind}")
+        raise Refusal(f"{path}: damaged, with code in it, or weights (NAME:{path})") from error
+    if kind not in ("", found):
+        raise Refusal(f"{path}: is a {found} of robustify.py; expected is a {kind}")
     return content
 
 def fingerprint(*modules):
