@@ -86,8 +86,8 @@ class Config:
     data: str = "imagenet"  # folder with train/CLASS/IMAGE, or with CLASS/IMAGE
     out: str = ""  # file to write; default robust.pt, or teacher.pt with --make-teacher
     recipe: str = "three-heads"  # the method, or a baseline of Sec. 5: a row of RECIPES
-    fraction: float = 0.20  # Table 5: share of parameters in M_s and one head; 0.2 is our choice
-    head_blocks: int = 1  # Sec. 4.1: last blocks that belong to each head; number not in the paper
+    fraction: float = 0.20  # Table 5: share of parameters in M_s and one head; our choice
+    head_blocks: int = 1  # Sec. 4.1: last blocks that belong to each head; our choice
     prompts: int = 10  # learned tokens a block of --recipe vpt [16]; number not in the paper
     zero_shot: bool = False  # Sec. 4.4: CLIP's text embeddings stay the classifier
     image_size: int = 0  # input size of the network in pixels; 0: its own
@@ -120,7 +120,7 @@ class Prediction(NamedTuple):
     """What `RobustStudent.predict` returns."""
     probabilities: torch.Tensor  # (B, C), phi of the chosen head
     head: torch.Tensor           # (B,), index into HEADS
-    uncertainty: torch.Tensor    # (B,), U_mc of the chosen head, 0 to 0.5; small where C is large
+    uncertainty: torch.Tensor    # (B,), U_mc of the chosen head, from 0 to 0.5
     phi: dict                    # {head name: (B, C)}
 
 class RobustStudent(nn.Module):
@@ -148,10 +148,10 @@ class RobustStudent(nn.Module):
         super().__init__()
         self.config = config
         self.recipe = RECIPES[config.recipe]
-        self.backbone = backbone.requires_grad_(False)                         # M_b
+        self.backbone = backbone.requires_grad_(False)                  # M_b
         self.original_top = copy.deepcopy(nn.Sequential(shared, head)).requires_grad_(False)
-        self.shared = copy.deepcopy(shared)                                    # M_s
-        self.heads = nn.ModuleDict()                                           # M_h, one per head
+        self.shared = copy.deepcopy(shared)                             # M_s
+        self.heads = nn.ModuleDict()                                    # M_h, one per head
         for name in self.recipe.heads:
             self.heads[name] = Head(copy.deepcopy(head), config.dropout)
         if self.recipe.tuned == "prompts":
@@ -163,8 +163,8 @@ class RobustStudent(nn.Module):
                 module.rate = config.block_dropout
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the network's own
-        self.classes, width = head[-1].weight.shape                            # C, D
-        self.masks = nn.Buffer(dropout_masks(config, width))                   # (K, D)
+        self.classes, width = head[-1].weight.shape                     # C, D
+        self.masks = nn.Buffer(dropout_masks(config, width))            # (K, D)
         self.eval()
 
     def train(self, mode=True):
@@ -182,14 +182,14 @@ class RobustStudent(nn.Module):
     def predict(self, pixels):
         """pixels (B, 3, H, W) in [0, 1] -> Prediction. Raises Refusal for whole numbers."""
         if not torch.is_tensor(pixels) or not pixels.is_floating_point():
-            raise Refusal("predict takes a float tensor (B, 3, H, W) in [0, 1]; see preprocess")
-        return self.predict_from(self.backbone(pixels.clone()))                # M_b
+            raise Refusal("predict takes floats (B, 3, H, W) in [0, 1]; see preprocess")
+        return self.predict_from(self.backbone(pixels.clone()))         # M_b
 
     @torch.no_grad()
     def predict_from(self, z):
         """z, what M_b gives -> Prediction (Sec. 4.3.2). Dropout in blocks is off, so that only the
         classifier runs K times (not in the paper, which passes K times through whole heads)."""
-        h = self.shared(z.clone())                                             # M_s
+        h = self.shared(z.clone())                                      # M_s
         phi = {}
         uncertainty = {}
         for name, head in self.heads.items():                                  # M_h
@@ -297,7 +297,7 @@ def student_loss(student, teacher, pixels, labels, is_clean):
     recipe = student.recipe
     learns = {"clean": is_clean, "combined": torch.ones_like(is_clean), "unclean": ~is_clean}
     with torch.no_grad():
-        z = student.backbone(pixels.clone())                # M_b, once for student and original
+        z = student.backbone(pixels.clone())                # M_b, for student and original
         teacher_logits = torch.zeros(len(labels), student.classes, device=z.device)
         teachers = ((recipe.clean_teacher, is_clean), (recipe.augmented_teacher, ~is_clean))
         for who, taught in teachers:
@@ -380,10 +380,10 @@ class Recipe:
     """What distinguishes the methods: no code asks for a recipe's name, but what its row says."""
     heads: tuple             # which of HEADS are tuned; "combined" is always one
     clean_teacher: str       # of clean examples: "original", "robust" or "nobody"
-    augmented_teacher: str   # of augmented examples, likewise; "nobody" for both or for neither
+    augmented_teacher: str   # of augmented ones; "nobody" for both or neither
     tuned: str               # "all", the "part" of --fraction, "prompts", or the "classifier"
     examples: str            # of "both" kinds, or "clean" alone
-    starts_at: str = "probe"  # a CLIP's classifier: at a linear probe, or at its "text" embeddings
+    starts_at: str = "probe"  # a CLIP: at a linear "probe", or at its "text" embeddings
 
 # In the paper's tables single-teacher and combined-head are "Single-Teacher" and "Only K.D."; with
 # --zero-shot, ft and apt are ZS-Full and ZS-APT. For WiSE-FT, `load` interpolates by alpha.
@@ -425,9 +425,9 @@ class ImageClasses(ImageFolder):
             raise Refusal(f"{folder}: needs images CLASS/IMAGE ({error})") from error
         folders = {os.path.dirname(path) for path, _ in self.samples}
         if len(folders) > len(self.classes):
-            raise Refusal(f"{folder}: holds folders of folders, such as {min(folders)}; go deeper")
+            raise Refusal(f"{folder}: holds folders of folders ({min(folders)}); go deeper")
         if len(self.classes) < minimum:
-            raise Refusal(f"{folder}: holds one class, {self.classes[0]}; name the folder above")
+            raise Refusal(f"{folder}: one class, {self.classes[0]}; name the folder above")
 
     def find_classes(self, directory):
         names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
@@ -650,9 +650,9 @@ def robustify(config):
     recipe = RECIPES[config.recipe]
     can_choose = 0 < config.dropout < 1 and config.passes > 1
     if "unclean" in recipe.heads and (config.augment == "none" or not can_choose):
-        raise Refusal("three heads need augmented images, --dropout between 0 and 1, --passes 2")
+        raise Refusal("three heads need augmented images, --dropout, and 2 --passes")
     if config.zero_shot and recipe.tuned == "classifier":
-        raise Refusal(f"--zero-shot keeps the classifier, all that --recipe {config.recipe} tunes")
+        raise Refusal(f"--zero-shot keeps what --recipe {config.recipe} tunes")
     views = TrainingViews(config)
     progress = unfinished_run(config, "plug-in", views)
     teacher = nn.Identity()  # of recipes without one
@@ -774,11 +774,11 @@ def linear_probe(features, labels, classifier, weight_decay=1e-4):
 def describe(student, total):
     """Print what is cut where, and who teaches whom; total: the network's number of parameters."""
     head = student.heads["combined"]
-    all_heads = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    tuned = all_heads - (len(student.heads) - 1) * count_parameters(head)
+    every = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    tuned = every - (len(student.heads) - 1) * count_parameters(head)
     print(f"network   {student.config.student}, {student.size} px, {student.backbone[0][1]}")
-    print(f"cut       {len(student.backbone)} stages frozen, {len(student.shared)} shared, "
-          f"{len(head.body)} in each head; tuned {tuned / total:.1%}, all {all_heads / total:.1%}")
+    print(f"stages    {len(student.backbone)} frozen, {len(student.shared)} shared, "
+          f"{len(head.body)} in a head; tuned {tuned / total:.1%}, with all heads {every / total:.1%}")
     if student.recipe.tuned == "part" and len(student.shared) == 0:
         more = (tuned + count_parameters(student.backbone[-1])) / total
         print(f"          nothing is shared; --fraction {more:.2f} would share one block")
@@ -1030,7 +1030,7 @@ def write_file(path, kind, **content):
 def read_file(path, kind=""):
     """What write_file wrote; no code runs. kind: "plug-in", "network" or "". Raises Refusal."""
     if not Path(path).is_file():
-        raise Refusal(f"{path}: no such file; for a teacher: --make-teacher NAME --out {path}")
+        raise Refusal(f"{path}: no such file; --student and --make-teacher write it, to --out")
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
@@ -1039,7 +1039,7 @@ def read_file(path, kind=""):
     except Exception as error:  # a broken file may raise anything
         raise Refusal(f"{path}: damaged, with code in it, or weights (NAME:{path})") from error
     if kind not in ("", found):
-        raise Refusal(f"{path}: is a {found} of robustify.py; expected is a {kind}")
+        raise Refusal(f"{path}: is a {found}, not a {kind}; --make-teacher writes networks")
     return content
 
 def fingerprint(*modules):
@@ -1229,7 +1229,7 @@ def run(arguments):
         robustify(config)
     else:
         make_teacher(config)
-    print(f"wrote it; measure: python eval.py --data {config.data} --corrupt --model {config.out}")
+    print(f"wrote it; with unseen images: python eval.py --data DIR --corrupt --model {config.out}")
 
 def main(run=run):
     """run(command line) -> exit code: 2 for a Refusal or OSError, in one line; 130 for Ctrl-C."""
@@ -1242,7 +1242,7 @@ def main(run=run):
         print(f"{program}: {' '.join(reason.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted; --resume goes on after the last epoch", file=sys.stderr)
+        print(f"\n{program}: interrupted; --resume goes on after a whole epoch", file=sys.stderr)
         return 130
     return 0
 
