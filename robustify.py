@@ -778,7 +778,7 @@ def describe(student, total):
     tuned = every - (len(student.heads) - 1) * count_parameters(head)
     print(f"network   {student.config.student}, {student.size} px, {student.backbone[0][1]}")
     print(f"stages    {len(student.backbone)} frozen, {len(student.shared)} shared, "
-          f"{len(head.body)} in a head; tuned {tuned / total:.1%}, with all heads {every / total:.1%}")
+          f"{len(head.body)} in a head; tuned {tuned / total:.1%}, all heads {every / total:.1%}")
     if student.recipe.tuned == "part" and len(student.shared) == 0:
         more = (tuned + count_parameters(student.backbone[-1])) / total
         print(f"          nothing is shared; --fraction {more:.2f} would share one block")
