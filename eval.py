@@ -939,14 +939,14 @@ def check(args):
     photos = list(Path(args.frost or "no folder").glob("frost[1-5].*"))
     if bool(args.frost) != ("frost" in args.corrupt) or (args.frost and len(photos) != 5):
         raise Refusal("--corrupt frost: goes with --frost, a folder of the photos frost1 to frost5")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise Refusal("--plot: needs matplotlib; pip install matplotlib")
     inputs = {Path(folder).resolve() for folder in args.data + args.transfer}
     for file, ending in ((args.json, ".json"), (args.plot, ".png")):
         path = Path(file or f"any{ending}").resolve()
         can_be_written = os.access(path.parent, os.W_OK) and not path.is_dir()
         if path.suffix != ending or not can_be_written or inputs & set(path.parents):
             raise Refusal(f"{file}: must be a writable file *{ending}, in no input folder")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise Refusal("--plot: needs matplotlib; pip install matplotlib")
 
 def run(arguments):
     """Parse, measure, print. Raises Refusal; what can be refused is, before an image is read."""
