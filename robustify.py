@@ -1161,8 +1161,8 @@ def demo(folder="demo"):
     """Draw images, train a stand-in for the large student and a robust teacher, tune the student by
     the method and by its baseline APT."""
     rng = np.random.default_rng(0)
-    for i in range(2400):
-        part = "train" if i < 1800 else "val"
+    for i in range(2200):
+        part = "train" if i < 1600 else "val"
         path = Path(folder, part, f"kind{i % 6}", f"{i:04}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(i % 6, rng).save(path)
@@ -1171,12 +1171,12 @@ def demo(folder="demo"):
     student = f"{folder}/student.pt"
     teacher = f"{folder}/teacher.pt"
     common = Config(data=folder, severity=4, batch_size=64, workers=2)
-    new = replace(common, image_size=64, make_teacher="robustify_demo:none", lr=3e-3, epochs=10)
+    new = replace(common, image_size=64, make_teacher="robustify_demo:none", lr=3e-3, epochs=8)
     make_teacher(replace(new, augment="none", out=student))
-    make_teacher(replace(new, make_teacher="test_efficientnet:none", epochs=6, out=teacher))
+    make_teacher(replace(new, make_teacher="test_efficientnet:none", epochs=9, out=teacher))
     for recipe in ("three-heads", "apt"):
-        robustify(replace(common, student=student, teacher=teacher, recipe=recipe, lr=1e-2,
-                          epochs=5, out=f"{folder}/{recipe}.pt"))
+        robustify(replace(common, student=student, teacher=teacher, recipe=recipe, lr=5e-3,
+                          epochs=7, out=f"{folder}/{recipe}.pt"))
     print("\nNow measure what lies in demo/: python eval.py")
 
 def refuse(message):
