@@ -937,7 +937,7 @@ def build_timm(name, weights, image_size):
     options = {"pretrained": weights != "none"}
     if weights not in ("", "none"):
         if not Path(weights).is_file():
-            raise Refusal(f"no such file {weights}; timm's tags follow a dot, {name}.TAG")
+            raise Refusal(f"no such file {weights} from here (a tag would be {name}.TAG)")
         # Without their number a classifier of other classes would become a random one.
         layer = timm.get_pretrained_cfg(name).classifier
         classes = len(timm.models.load_state_dict(weights).get(f"{layer}.weight", ()))
