@@ -711,7 +711,7 @@ REFUSALS = """
     --student=@/lite0.pt -> NAME: | --student=test_vit:@/lite0.pth -> Missing key |
     --student=test_resnet:@/no.pth -> no.pth | --student=@/evil.pt -> evil.pt |
     --student=test_resnet:@/evil.pth -> evil.pth | --student=resnet1 -> resnet1 |
-    --student=hf-hub:timm/resnet18 -> no name of | --student=test_resnet:a1 -> tags follow a dot |
+    --student=hf-hub:timm/resnet18 -> no name of | --student=test_resnet:a1 -> a tag would be |
     --student=test-vit:tag -> tag | --student=test_convnext:none -> timm ConvNeXt |
     --student=test_resnet:none --image-size=32 --recipe=vpt -> timm ResNet | --rule=best -> kl-u |
     --student=test_vit:none --image-size=4 -> test_vit:none | --zero-shot -> no text encoder |
