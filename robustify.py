@@ -192,10 +192,10 @@ class RobustStudent(nn.Module):
         h = self.shared(z.clone())                                      # M_s
         phi = {}
         uncertainty = {}
-        for name, head in self.heads.items():                                  # M_h
+        for name, head in self.heads.items():                           # M_h
             features = head.body(h.clone())  # a layer of yours may work in place
             phi[name], uncertainty[name] = mc_dropout(head.classifier, features, self.masks)
-        chosen = select_head(phi, uncertainty, self.config.rule)               # Eq. 6
+        chosen = select_head(phi, uncertainty, self.config.rule)        # Eq. 6
         p = of_chosen_head(phi, chosen)
         return Prediction(p, chosen, of_chosen_head(uncertainty, chosen), phi)
 
@@ -712,15 +712,15 @@ def give_classifier(network, views, config):
     if keep_classes(network, views.classes):
         return
     network.class_names = views.classes
-    stays = config.zero_shot
     if network.text is not None:
         embeddings = embed_text(network.text, views.classes)
         network.classifier = CosineClassifier(*embeddings, trained=not config.zero_shot)
-        stays = stays or RECIPES[config.recipe].starts_at == "text"
-    else:
-        network.classifier = nn.Linear(network.width, len(views.classes))
-    if not stays:
-        linear_probe(*all_features(network.to(DEVICE), views), network.classifier)
+        if config.zero_shot or RECIPES[config.recipe].starts_at == "text":
+            return
+    features, labels = all_features(network.to(DEVICE), views)
+    if network.text is None:
+        network.classifier = nn.Linear(features.shape[1], len(views.classes), device=DEVICE)
+    linear_probe(features, labels, network.classifier)
 
 def keep_classes(network, names):
     """Cuts the classifier to the classes `names`, where it knows all; returns whether it does."""
@@ -754,14 +754,16 @@ def all_features(network, views):
 def linear_probe(features, labels, classifier, weight_decay=1e-4):
     """Fits `classifier` in place to features (n, D) and labels (n,) by L-BFGS: mean cross-entropy,
     for an nn.Linear also weight_decay * squared norm of the weight, which a cosine divides out."""
-    decay = weight_decay if isinstance(classifier, nn.Linear) else 0.0
+    is_linear = isinstance(classifier, nn.Linear)
+    for p in classifier.parameters():
+        p.data *= not is_linear  # a linear layer starts at 0, so that nothing is random
     optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=1000,
                                   line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()
         loss = F.cross_entropy(classifier(features), labels)
-        loss = loss + decay * classifier.weight.square().sum()
+        loss = loss + weight_decay * is_linear * classifier.weight.square().sum()
         loss.backward()
         return loss
 
@@ -897,8 +899,6 @@ class Network(nn.Module):
         self.prepare.looks = nn.Buffer(torch.tensor([mean, std]))  # for the fingerprint
         self.net = net.eval()         # a library's, without classifier: -> features (B, D)
         self.classifier = classifier  # features -> logits; None in a bare tower
-        with torch.no_grad():
-            self.width = self.features(torch.zeros(1, 3, size, size)).shape[1]  # D
 
     def train(self, mode=True):
         super().train(mode)

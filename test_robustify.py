@@ -450,7 +450,7 @@ def test_where_a_classifier_comes_from(known, names, flags, becomes, monkeypatch
     """VE probes a CLIP from its text embeddings, WiSE-FT and zero shot do not."""
     network = rb.load_network("test-vit:none") if known == "clip" else make_network()
     network.class_names = list(known) if known == "abcd" else None
-    monkeypatch.setattr(rb, "all_features", lambda *arguments: ())
+    monkeypatch.setattr(rb, "all_features", lambda net, _: (net.features(images_of(1)), None))
     monkeypatch.setattr(rb, "linear_probe", mock.Mock())
     rb.give_classifier(network, mock.Mock(classes=list(names)), rb.Config(student="x", **flags))
     weight = network.classifier.weight
@@ -928,7 +928,7 @@ def plug_ins(trained, tmp_path_factory):
     for i, image in enumerate(images):
         write_images(root, {f"mixed/{('ant', 'bee')[i % 3 > 0]}/{i}.png": image})
     network = randomise(rb.load_network("test_vit:none", 48))
-    network.class_names, network.classifier = ["ant", "bee"], nn.Linear(network.width, 2)
+    network.class_names, network.classifier = ["ant", "bee"], nn.Linear(network.net.num_features, 2)
     network.classifier.bias.data -= network(images_of(32)).mean(0)
     rb.save_network(network, root / "large.pt", rb.Config(make_teacher="any"))
     for name, settings in (("three", {}), ("seed", {"seed": 1}), ("apt", {"recipe": "apt"})):
