@@ -35,6 +35,7 @@ published corruptions that are square are seen as they are.
 import argparse
 import functools
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -256,9 +257,8 @@ def published_cells(path, name, args):
 def objectnet(path, name):
     """Cell of ObjectNet: those of its classes that ImageNet has too. Its own mappings [2] give each
     folder a label, and outputs of ImageNet networks the place of a label in the alphabet."""
-    mappings = path / "mappings"
-    label_of = json.loads((mappings / "folder_to_objectnet_label.json").read_text())
-    place_of = json.loads((mappings / "imagenet_pytorch_id_to_objectnet_id.json").read_text())
+    label_of = json.loads((path / "mappings/folder_to_objectnet_label.json").read_text())
+    place_of = json.loads((path / "mappings/imagenet_pytorch_id_to_objectnet_id.json").read_text())
     labels = sorted(label_of.values())
     wnids = {}
     for output, place in place_of.items():
@@ -354,11 +354,10 @@ def plug_ins(path, name, known, args):
             label += f" K {passes}"
             config.passes = passes
             student.masks = robustify.dropout_masks(config, student.masks.shape[1]).to(DEVICE)
-        group = f"M_b {config.student} {student.size} {fingerprint(student.backbone)}"
+        network = f"{config.student} {student.size}"
+        group = f"{network} {len(student.backbone)} {fingerprint(student.backbone)}"
         student.backbone = known.setdefault(group, student.backbone)
-        classifier = fingerprint(student.original_top[1][-1])
-        seed = config.seed * config.student.endswith(":none")
-        whole = f"M {config.student} {student.size} {seed} {classifier}"
+        whole = f"{network} {fingerprint(student.backbone, student.original_top)}"
         if whole not in known:
             known[whole] = Column(f"original of {name}", student, student.class_names, group,
                                   is_original=True)
@@ -415,10 +414,8 @@ def paired(cells, one, other):
     """Accuracy of one column minus another's, image by image, in points, +- 2 standard errors."""
     if len({len(cell.samples) for cell in cells}) != 1:
         return "-"  # no cells, or cells of different images
-    differences = []
-    for cell in cells:
-        right = cell.right[one, "prediction"].astype(float)
-        differences.append(right - cell.right[other, "prediction"])
+    differences = [cell.right[one, "prediction"].astype(float) - cell.right[other, "prediction"]
+                   for cell in cells]
     return with_error(mean_over(cells, differences))
 
 def with_error(difference):
@@ -846,7 +843,9 @@ def pixelate(x, scale):
 
 def jpeg_compression(x, quality):
     """Encode as JPEG of this quality and decode again."""
-    return v2.functional.jpeg((x * 255).round().byte(), int(quality)) / 255
+    file = io.BytesIO()
+    v2.functional.to_pil_image((x * 255).round().byte()).save(file, "JPEG", quality=int(quality))
+    return v2.functional.pil_to_tensor(Image.open(file)) / 255
 
 TABLE = (  # function, AlexNet's error [11], parameters at severity 1 to 5 for 224 px, for 64 px
     (gaussian_noise, .886428, ".08 .12 .18 .26 .38", ".04 .08 .12 .15 .18"),
