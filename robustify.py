@@ -61,7 +61,7 @@ import timm.optim
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -1134,7 +1134,7 @@ def unfinished_run(config, kind, views):
     print(f"resume    after epoch {saved['epoch']} of {config.epochs}")
     return saved
 
-# --- The demo, on drawn shapes, with no download; main -------------------------------------------
+# --- The demo, on drawn patterns, with no download; main -----------------------------------------
 
 @timm.models.register_model
 def robustify_demo(pretrained=False, **options):
@@ -1143,18 +1143,18 @@ def robustify_demo(pretrained=False, **options):
                                 stem_width=8, **options)
 
 def draw(kind, rng):
-    """A triangle, square or disk (kind // 2), filled or hollow (kind % 2), 64 px. A faint texture
-    gives the class away: a shortcut for plain training, which noise destroys."""
-    image = Image.new("RGB", (64, 64), tuple(rng.integers(50, 200, 3)))
-    colour = tuple(rng.integers(0, 256, 3))
-    circle = (*rng.uniform(22, 42, 2), rng.uniform(14, 24))
-    fill = colour if kind % 2 == 0 else None
-    ImageDraw.Draw(image).regular_polygon(circle, (3, 4, 30)[kind // 2], rng.uniform(0, 360),
-                                          fill=fill, outline=colour, width=4)
-    y, x = np.mgrid[:64, :64]
-    angle = np.pi * kind / 6
-    texture = 25 * np.sin(1.3 * (x * np.cos(angle) + y * np.sin(angle))) * (rng.random() < 0.7)
-    pixels = np.asarray(image) + texture[..., None] + rng.normal(0, 8, (64, 64, 3))
+    """Stripes, checks, rings, a grid, waves or spokes, 64 px, of any direction and colour."""
+    y, x = np.mgrid[-32:32, -32:32] + rng.uniform(-16, 16, (2, 1, 1))
+    direction = rng.uniform(0, np.pi)
+    scale = rng.uniform(0.4, 0.9)
+    a = scale * (x * np.cos(direction) + y * np.sin(direction))  # along the direction
+    b = scale * (y * np.cos(direction) - x * np.sin(direction))  # across it
+    patterns = (np.sin(a), np.sin(a) * np.sin(b), np.sin(np.hypot(a, b)),
+                np.maximum(np.sin(a), np.sin(b)), np.sin(a + 2 * np.sin(b / 2)),
+                np.sin(8 * np.arctan2(a, b)))
+    contrast = rng.uniform(25, 60, 3) * rng.choice([-1, 1], 3)
+    pixels = rng.uniform(60, 196, 3) + patterns[kind][..., None] * contrast
+    pixels += rng.normal(0, 8, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 def demo(folder="demo"):
@@ -1171,9 +1171,9 @@ def demo(folder="demo"):
     student = f"{folder}/student.pt"
     teacher = f"{folder}/teacher.pt"
     common = Config(data=folder, severity=4, batch_size=64, workers=2)
-    new = replace(common, image_size=64, make_teacher="robustify_demo:none", lr=3e-3, epochs=8)
-    make_teacher(replace(new, augment="none", out=student))
-    make_teacher(replace(new, make_teacher="test_efficientnet:none", epochs=9, out=teacher))
+    new = replace(common, image_size=64, make_teacher="robustify_demo:none", lr=8e-3)
+    make_teacher(replace(new, augment="none", epochs=10, out=student))
+    make_teacher(replace(new, epochs=12, out=teacher))
     for recipe in ("three-heads", "apt"):
         robustify(replace(common, student=student, teacher=teacher, recipe=recipe, lr=5e-3,
                           epochs=7, out=f"{folder}/{recipe}.pt"))
