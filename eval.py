@@ -357,7 +357,7 @@ def plug_ins(path, name, known, args):
         network = f"{config.student} {student.size}"
         group = f"{network} {len(student.backbone)} {fingerprint(student.backbone)}"
         student.backbone = known.setdefault(group, student.backbone)
-        whole = f"{network} {fingerprint(student.backbone, student.original_top)}"
+        whole = f"{network} {student.fingerprint}"
         if whole not in known:
             known[whole] = Column(f"original of {name}", student, student.class_names, group,
                                   is_original=True)
@@ -562,8 +562,9 @@ def transfer(path, columns, args):
 
 def cost(path):
     """Print GMACs and milliseconds of inference and training, over the library's forward pass."""
-    config = robustify.Config(**read_file(path)["config"])
-    network = robustify.load_original(path).to(DEVICE)
+    saved = read_file(path)
+    config = robustify.Config(**saved["config"])
+    network = robustify.load_original(path, saved).to(DEVICE)
     teacher = None
     if config.teacher:
         teacher = robustify.load_teacher(config, network.class_names).to(DEVICE)

@@ -1070,9 +1070,11 @@ def load(path, modules=None, class_names=None, alpha=1.0):
     what is no whole plug-in, or was tuned on other weights."""
     saved = read_file(path, "plug-in")
     config = Config(**saved["config"])
-    student = RobustStudent(*modules, config) if modules else cut(load_original(path), config)
+    student = (RobustStudent(*modules, config) if modules
+               else cut(load_original(path, saved), config))
     if fingerprint(student.backbone, student.original_top) != saved["fingerprint"]:
         raise Refusal(f"{path}: tuned on other weights than {config.student or 'these'} has now")
+    student.fingerprint = saved["fingerprint"]  # eval.py knows plug-ins of one original by it
     if alpha != 1 and student.recipe.tuned == "prompts":
         raise Refusal(f"{path}: alpha: the original has no prompts to interpolate with")
     state = student.state_dict()  # until now the original's, in every head
@@ -1086,9 +1088,8 @@ def load(path, modules=None, class_names=None, alpha=1.0):
         set_classes(student, class_names, *embed_text(student.text, class_names))
     return student
 
-def load_original(path):
-    """The whole Network that the plug-in at `path` was tuned from. Raises Refusal."""
-    saved = read_file(path, "plug-in")
+def load_original(path, saved):
+    """The whole Network that a plug-in was tuned from; saved: what `path` holds. Raises Refusal."""
     config = saved["config"]
     if not config["student"]:
         raise Refusal(f"{path}: was tuned on modules of your own; give them to `load`")
@@ -1162,8 +1163,7 @@ def demo(folder="demo"):
     the method and by its baseline APT."""
     rng = np.random.default_rng(0)
     for i in range(2200):
-        part = "train" if i < 1600 else "val"
-        path = Path(folder, part, f"kind{i % 6}", f"{i:04}.png")
+        path = Path(folder, "train" if i < 1600 else "val", f"kind{i % 6}", f"{i:04}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(i % 6, rng).save(path)
     for left in Path(folder).glob("*.part"):

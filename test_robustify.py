@@ -672,7 +672,7 @@ def test_command_lines_train_save_load_and_predict(words, trained, tmp_path, cap
         z = model.backbone(x)
         original = model.original_top(z.clone())
         logits = {name: head(model.shared(z.clone())) for name, head in model.heads.items()}
-        assert close(original, rb.load_original(out)(x), 1e-4)
+        assert close(original, rb.load_original(out, rb.read_file(out))(x), 1e-4)
     assert tuple(found.phi) == rb.RECIPES[recipe].heads and model.class_names == ["ant", "bee"]
     assert not close(found.probabilities, original.softmax(-1), 1e-5)
     one_head = nn.ModuleList([model.shared, model.heads["combined"]])
